@@ -11,6 +11,7 @@ gradients) live here too.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from gemma_accel.kernels._triton import tl, triton, use_kernel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-MAX_WIDTH = 16384  # widest row that 32 warps hold in registers, backward included
+MAX_WIDTH = 8192  # widest row that stays in registers, backward included
 PARTIAL_SUMS = 512  # programs that sum a weight gradient; fixed, so every card sums alike
 
 
@@ -51,7 +52,7 @@ def row_tile(width: int) -> tuple[int, int, int]:
     """``BLOCK_R, BLOCK_D, num_warps``: whole rows, several if short, 16 elements a thread."""
     block_d = triton.next_power_of_2(width)
     block_r = max(1, 2048 // block_d)
-    return block_r, block_d, min(32, block_r * block_d // 512)
+    return block_r, block_d, block_r * block_d // 512
 
 
 def share_rows(n_rows: int, block_r: int, summed: bool) -> tuple[int, int]:
@@ -127,12 +128,10 @@ def _rms_norm_fwd_kernel(
 
 
 @triton.jit
-def norm_input_grad(dy, weight, x_hat, rstd, D: tl.constexpr, HAS_WEIGHT: tl.constexpr):
-    """Gradient of a tile's rows through ``x_hat = x * rstd``, ``y = x_hat * weight``; float32."""
-    if HAS_WEIGHT:
-        dy *= weight[None, :]
-    along = tl.sum(dy * x_hat, axis=1) / D  # the part of dy that would only change the row's length
-    return (dy - x_hat * along[:, None]) * rstd[:, None]
+def norm_input_grad(dx_hat, x_hat, rstd, D: tl.constexpr):
+    """Gradient of a tile's rows through ``x_hat = x * rstd``, all float32."""
+    along = tl.sum(dx_hat * x_hat, axis=1) / D  # the part that would only change a row's length
+    return (dx_hat - x_hat * along[:, None]) * rstd[:, None]
 
 
 @triton.jit(do_not_specialize=["n_rows", "rows_per_program"])
@@ -158,9 +157,6 @@ def _rms_norm_bwd_kernel(
     first = program * rows_per_program
     last = tl.minimum(first + rows_per_program, n_rows)
     cols = tl.arange(0, BLOCK_D)
-    weight = 1.0
-    if HAS_WEIGHT:
-        weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
     if HAS_DW:
         dw = tl.zeros([BLOCK_R, BLOCK_D], dtype=tl.float32)
 
@@ -175,7 +171,11 @@ def _rms_norm_bwd_kernel(
         if HAS_DW:
             dw += dy * x_hat
         if HAS_DX:
-            dx = norm_input_grad(dy, weight, x_hat, rstd, D, HAS_WEIGHT)
+            if HAS_WEIGHT:
+                # read again for every tile: it stays in cache, and registers are for the rows
+                weight = tl.load(weight_ptr + cols, mask=cols < D, other=0.0).to(tl.float32)
+                dy *= weight[None, :]
+            dx = norm_input_grad(dy, x_hat, rstd, D)
             dx = dx.to(dx_ptr.dtype.element_ty)
             tl.store(dx_ptr + rows[:, None] * D + cols[None, :], dx, mask=mask)
 
@@ -250,14 +250,14 @@ class RMSNormFunction(torch.autograd.Function):
     """Saves ``x``, ``weight`` and ``rstd``; no gradient for ``eps``."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         y, rstd = rms_norm_fwd(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, rstd = ctx.saved_tensors
         needs_dx, needs_dw, _ = ctx.needs_input_grad
         dx, dw = rms_norm_bwd(dy, x, weight, rstd, needs_dx=needs_dx, needs_dw=needs_dw)
@@ -277,7 +277,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         float32 throughout, one rounding at the end, in backward too. The weight gradient is summed
         in float32 in a fixed order: a repeated run is bitwise the same.
     Raises:
-        ValueError: ``weight`` is not [D] or lies on another device; rows are wider than 16384
+        ValueError: ``weight`` is not [D] or lies on another device; rows are wider than 8192
             (kernel only).
         TypeError: ``x`` is not float32, bfloat16 or float16 (kernel only).
     Source:
