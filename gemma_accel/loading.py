@@ -1,0 +1,237 @@
+"""How a checkpoint becomes a model without ever holding on the GPU what the GPU cannot hold.
+
+Stock Transformers reserves, up front, room on the GPU for everything that is mapped there: 6.25 GiB for E2B in 4 bits, 8.60 for E4B,
+of which the per-layer embedding table (PLE), never quantised, is 4.4 and 5.3. So the table must be out of the model's ``state_dict``
+before the loader looks. While `from_pretrained` builds the (meta) model, the text model's table is taken out; when the resolved
+checkpoint files come by, its place in them is noted; once the model is loaded the table is bound to that place.
+
+Two class attributes on `Gemma4PreTrainedModel` carry this (`from_pretrained` and the static `_load_pretrained_model`, which receives the
+resolved files whatever the revision, subfolder, variant or sharding); removing them is the undo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.gemma4.modeling_gemma4 import Gemma4PreTrainedModel, Gemma4TextModel
+
+from gemma_accel.errors import GemmaAccelError
+from gemma_accel.hostmemory import FileSlice
+from gemma_accel.patches.per_layer import HostPerLayerEmbedding
+
+__all__ = ["find_tensor", "install_load_path"]
+
+_TABLE = "embed_tokens_per_layer"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_MAX_HEADER = 100 << 20  # safetensors' own limit
+
+
+class _Loads(threading.local):
+    """The load in progress in this thread, if any."""
+
+    current: _Load | None = None
+
+
+_loads = _Loads()
+
+
+@dataclasses.dataclass
+class _Load:
+    """What is known of one `from_pretrained` call's table."""
+
+    source: FileSlice | None = None
+    on_cpu: bool = False
+    dtype: torch.dtype | None = None
+
+
+def install_load_path() -> Callable[[], None]:
+    """Make Gemma 4's `from_pretrained` leave the PLE table where it is; returns the undo. Twice is the same as once."""
+    if "from_pretrained" in vars(Gemma4PreTrainedModel):
+        return lambda: None
+    stock_from_pretrained = Gemma4PreTrainedModel.from_pretrained.__func__
+    stock_load = Gemma4PreTrainedModel._load_pretrained_model
+
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if _loads.current is not None or is_deepspeed_zero3_enabled():
+            return stock_from_pretrained(cls, *args, **kwargs)
+        with _table_left_out() as load:
+            result = stock_from_pretrained(cls, *args, **kwargs)
+            _bind(result[0] if isinstance(result, tuple) else result, load)
+        return result
+
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        if _loads.current is not None:
+            load_config = _locate(model, state_dict, checkpoint_files, load_config, _loads.current)
+        return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    from_pretrained.__doc__ = stock_from_pretrained.__doc__
+    Gemma4PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+    Gemma4PreTrainedModel._load_pretrained_model = staticmethod(_load_pretrained_model)
+
+    def undo() -> None:
+        for name in ("from_pretrained", "_load_pretrained_model"):
+            if name in vars(Gemma4PreTrainedModel):
+                delattr(Gemma4PreTrainedModel, name)
+
+    return undo
+
+
+@contextlib.contextmanager
+def _table_left_out() -> Iterator[_Load]:
+    """While open, text models built in this thread come without their table."""
+    stock_init = Gemma4TextModel.__init__
+    load = _loads.current = _Load()
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        if _loads.current is load and getattr(self, _TABLE, None) is not None:
+            _take_out(self)
+
+    Gemma4TextModel.__init__ = __init__
+    try:
+        yield load
+    finally:
+        _loads.current = None
+        Gemma4TextModel.__init__ = stock_init
+
+
+def _take_out(text: nn.Module) -> None:
+    table = getattr(text, _TABLE)
+    weight = table._parameters.pop("weight")
+    # a plain attribute: not in state_dict, so neither reserved for nor loaded; marked, so not initialised either
+    placeholder = weight.detach()
+    placeholder._is_hf_initialized = True
+    table.__dict__["weight"] = placeholder
+    table.__class__ = HostPerLayerEmbedding
+    text._keys_to_ignore_on_load_unexpected.add(rf"{_TABLE}\.weight")
+
+
+def _put_back(table: nn.Module) -> None:
+    weight = table.__dict__.pop("weight")
+    table.__class__ = table.stock
+    table._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=True)
+
+
+def _tables(model: nn.Module) -> list[tuple[str, HostPerLayerEmbedding]]:
+    return [(path, m) for path, m in model.named_modules() if type(m) is HostPerLayerEmbedding]
+
+
+def _locate(
+    model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, load: _Load
+) -> Any:
+    """Find the table in the checkpoint; where it cannot be left there, let it load as a Parameter on the CPU."""
+    load.dtype = load_config.dtype
+    tables = _tables(model)
+    if not tables:
+        return load_config
+    path, table = tables[0]
+    if state_dict is None and not getattr(load_config, "disable_mmap", None):
+        load.source = _find_table(checkpoint_files or [], tuple(table.weight.shape))
+    if load.source is not None:
+        _warn_of_float32(load)
+        return load_config
+    load.on_cpu = True
+    _put_back(table)
+    if load_config.device_map is None:
+        return load_config
+    return dataclasses.replace(load_config, device_map={**load_config.device_map, path: "cpu"})
+
+
+def _bind(model: Any, load: _Load) -> None:
+    """Give the loaded model its table."""
+    from gemma_accel.models import text_model
+
+    if not hasattr(model, "model") or not hasattr(text_model(model), _TABLE):
+        return
+    table = getattr(text_model(model), _TABLE)
+    if load.source is not None:
+        table.__dict__.pop("weight", None)
+        table._output_dtype = load.dtype or load.source.dtype
+        table.bind(load.source, requires_grad=True)
+    elif load.on_cpu:
+        weight = table._parameters["weight"]
+        if weight.device.type == "cpu":  # with no device map the whole model is there, and stock moves it later
+            table._parameters["weight"] = None
+            table.__class__ = HostPerLayerEmbedding
+            table._output_dtype = weight.dtype
+            table.bind(weight.detach(), requires_grad=True)
+    elif type(table) is HostPerLayerEmbedding:
+        raise GemmaAccelError(
+            "the per-layer embedding table was left out of the model but its place in the checkpoint never came by (a distributed "
+            "checkpoint?). Convert the checkpoint to safetensors, or set GEMMA_ACCEL_DISABLE=1 to load it the stock way."
+        )
+
+
+def _find_table(files: list[str], shape: tuple[int, int]) -> FileSlice | None:
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            return None
+        found = find_tensor(file, suffix=f"{_TABLE}.weight")
+        if found is not None:
+            return found if (found.rows, found.columns) == shape else None
+    return None
+
+
+def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
+    """Where a two-dimensional tensor whose name ends in ``suffix`` lies in a safetensors file; None where there is none.
+
+    Nothing but the header is read, and every number in it is checked against the file's size before it is believed.
+
+    Raises:
+        ValueError: the header is not one, or places the tensor outside the file.
+    """
+    size = os.path.getsize(file)
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, _MAX_HEADER):
+            raise ValueError(f"{file}: not a safetensors file (header of {length} bytes in {size})")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file}: not a safetensors file (its header is not JSON: {error})") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{file}: not a safetensors file (its header is not an object)")
+    for name, entry in header.items():
+        if name == "__metadata__" or not name.endswith(suffix):
+            continue
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            numbers = [*shape, begin, end]
+            sound = len(shape) == 2 and all(type(n) is int and n >= 0 for n in numbers)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: the header's entry for {name!r} is malformed: {entry!r}") from error
+        if dtype not in _DTYPES or len(shape) != 2:
+            return None
+        nbytes = math.prod(shape) * _DTYPES[dtype].itemsize if sound else -1
+        if not sound or end - begin != nbytes or 8 + length + end > size:
+            raise ValueError(
+                f"{file}: the header places {name!r} ({dtype} {shape}) at bytes {begin} to {end} of {size - 8 - length}, "
+                "which cannot be. The file is damaged or was cut short: download it again."
+            )
+        return FileSlice.of(file, 8 + length + begin, (shape[0], shape[1]), _DTYPES[dtype])
+    return None
+
+
+def _warn_of_float32(load: _Load) -> None:
+    if load.dtype is torch.float32 and load.source is not None and load.source.dtype.itemsize == 2:
+        warnings.warn(
+            f"the checkpoint is {str(load.source.dtype).removeprefix('torch.')}, but it is being loaded in float32, which is what TRL does with a "
+            "model given by name: everything that is not quantised takes twice the memory. Give the trainer "
+            'SFTConfig(model_init_kwargs={"dtype": "bfloat16"}).',
+            UserWarning,
+            stacklevel=2,
+        )

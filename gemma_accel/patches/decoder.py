@@ -1,0 +1,239 @@
+"""The text decoder layer: attention's norms and RoPE, the gated MLP, and the joints where a norm meets a residual.
+
+A stock layer launches about forty elementwise kernels, most of them the seven RMSNorms at five passes each. Here the q, k and v
+norms and the rotation are one launch, the activation and its product another, and each joint (post-norm, residual add, layer
+scalar, next pre-norm) one more. Projections and attention itself are called through two seams of their own, `project` and
+Transformers' attention registry, so that their patches need not know this one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma4.modeling_gemma4 import (
+    Gemma4RMSNorm,
+    Gemma4TextAttention,
+    Gemma4TextDecoderLayer,
+    Gemma4TextMLP,
+    eager_attention_forward,
+)
+
+from gemma_accel.kernels.geglu import geglu
+from gemma_accel.kernels.norm_add import norm_add
+from gemma_accel.kernels.qk_norm_rope import qkv_norm_rope
+from gemma_accel.patches.dtypes import why_not_dtype
+from gemma_accel.patches.per_layer import LayerInput
+from gemma_accel.patches.seams import ClassSwap, Fused
+
+__all__ = [
+    "FusedGemma4TextAttention",
+    "FusedGemma4TextDecoderLayer",
+    "FusedGemma4TextMLP",
+    "call_each",
+    "decoder_layer_patch",
+    "geglu_patch",
+    "qk_norm_rope_patch",
+]
+
+
+def call_each(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Projections that share an input, one module call each: what stock does. The `lora` patch sets another."""
+    return tuple(linear(x) for linear in linears)
+
+
+class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
+    project = staticmethod(call_each)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        shared_kv_states: Any,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not self._norms_are_stock():
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, shared_kv_states, past_key_values, **kwargs
+            )
+        query, key, value = self._qkv(hidden_states, *position_embeddings)
+        query = query.transpose(1, 2)
+        if self.is_kv_shared_layer:
+            key, value = shared_kv_states[self.layer_type]
+        else:
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+            if past_key_values is not None:
+                key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.store_full_length_kv:
+            shared_kv_states[self.layer_type] = key, value
+
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        out, weights = interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        (out,) = self.project(out.reshape(*hidden_states.shape[:-1], -1), self.o_proj)
+        return out, weights
+
+    def _norms_are_stock(self) -> bool:
+        """False once PEFT has wrapped a norm (`modules_to_save`, LN tuning): its own forward must run then."""
+        return isinstance(self.q_norm, Gemma4RMSNorm) and (
+            self.is_kv_shared_layer or isinstance(self.k_norm, Gemma4RMSNorm)
+        )
+
+    def _qkv(
+        self, hidden_states: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Projected, normed and rotated queries [B, T, N, H], and keys and values [B, T, K, H] where the layer has its own."""
+        if self.is_kv_shared_layer:
+            linears = (self.q_proj,)
+        elif self.v_proj is None:  # k_eq_v: the value is the key before its norm
+            linears = (self.q_proj, self.k_proj)
+        else:
+            linears = (self.q_proj, self.k_proj, self.v_proj)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, *rest = (x.view(shape) for x in self.project(hidden_states, *linears))
+        key = rest[0] if rest else None
+        return qkv_norm_rope(
+            query,
+            key,
+            rest[-1] if rest else None,
+            self.q_norm.weight,
+            self.k_norm.weight if key is not None else None,
+            cos,
+            sin,
+            eps=self.q_norm.eps,
+            rotary_pairs=_rotary_pairs(self),
+        )
+
+
+def _rotary_pairs(attention: Gemma4TextAttention) -> int | None:
+    """How many leading pairs (d, d + H/2) really rotate: "proportional" RoPE leaves the others at angle zero."""
+    rope = attention.config.rope_parameters[attention.layer_type]
+    if rope is None or rope.get("rope_type") != "proportional":
+        return None
+    return int(rope.get("partial_rotary_factor", 1.0) * attention.head_dim // 2)
+
+
+def _why_not_attention(attention: Gemma4TextAttention) -> str | None:
+    return why_not_dtype(attention.q_norm.weight)
+
+
+class FusedGemma4TextMLP(Fused, Gemma4TextMLP):
+    project = staticmethod(call_each)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.project(x, self.gate_proj, self.up_proj)
+        (out,) = self.project(geglu(gate, up), self.down_proj)
+        return out
+
+
+def _why_not_mlp(mlp: Gemma4TextMLP) -> str | None:
+    if (activation := mlp.config.hidden_activation) != "gelu_pytorch_tanh":
+        return f"activation is {activation!r}; the kernel computes 'gelu_pytorch_tanh'"
+    return None
+
+
+_LAYER_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
+
+
+class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
+    project = staticmethod(call_each)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        per_layer_input: Tensor | LayerInput | None = None,
+        shared_kv_states: Any = None,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not self._norms_are_stock():
+            if isinstance(per_layer_input, LayerInput):
+                per_layer_input = per_layer_input.tensor()
+            return super().forward(
+                hidden_states,
+                per_layer_input,
+                shared_kv_states=shared_kv_states,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        attended, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            shared_kv_states=shared_kv_states,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states, normed = _joint(
+            attended,
+            hidden_states,
+            self.post_attention_layernorm,
+            next_weight=self.pre_feedforward_layernorm.weight,
+        )
+        out = self.mlp(normed)
+        if not self.hidden_size_per_layer_input:
+            return _joint(out, hidden_states, self.post_feedforward_layernorm, scale=self.layer_scalar)
+        hidden_states = _joint(out, hidden_states, self.post_feedforward_layernorm)
+
+        (gate,) = self.project(hidden_states, self.per_layer_input_gate)
+        if isinstance(per_layer_input, LayerInput):
+            gated = per_layer_input.gated(gate)
+        else:
+            gated = geglu(gate, per_layer_input)
+        (out,) = self.project(gated, self.per_layer_projection)
+        return _joint(out, hidden_states, self.post_per_layer_input_norm, scale=self.layer_scalar)
+
+    def _norms_are_stock(self) -> bool:
+        norms = (getattr(self, name) for name in _LAYER_NORMS)
+        return all(isinstance(norm, Gemma4RMSNorm) for norm in norms) and (
+            not self.hidden_size_per_layer_input
+            or isinstance(self.post_per_layer_input_norm, Gemma4RMSNorm)
+        )
+
+
+def _joint(x: Tensor, residual: Tensor, norm: Gemma4RMSNorm, **extra: Any) -> Any:
+    """Post-norm, residual add and what follows. Under autocast the branch may be narrower than the residual: it is widened."""
+    if x.dtype != residual.dtype:
+        x = x.to(residual.dtype)
+    return norm_add(x, residual, norm.weight, eps=norm.eps, **extra)
+
+
+def _why_not_layer(layer: Gemma4TextDecoderLayer) -> str | None:
+    if layer.enable_moe_block:
+        return "the layer has a mixture-of-experts block; its norms alone are fused"
+    if layer.hidden_size_per_layer_input:
+        activation = layer.config.hidden_activation
+        if activation != "gelu_pytorch_tanh":
+            return f"activation is {activation!r}; the kernel computes 'gelu_pytorch_tanh'"
+    return why_not_dtype(layer.input_layernorm.weight)
+
+
+qk_norm_rope_patch = ClassSwap("qk_norm_rope", "text", FusedGemma4TextAttention, _why_not_attention)
+geglu_patch = ClassSwap("geglu", "text", FusedGemma4TextMLP, _why_not_mlp)
+decoder_layer_patch = ClassSwap("decoder_layer", "text", FusedGemma4TextDecoderLayer, _why_not_layer)

@@ -1,0 +1,291 @@
+"""Per-layer embeddings (PLE): the table off the GPU, and each layer fetching its own part when it runs.
+
+Stock looks up ``[tokens, layers * 256]`` rows at once, projects the context to the same shape, norms it in float32, adds and scales:
+three tensors of that size live at a time, and a table of 4.4 GiB (E2B) sits in GPU memory for 17.5 KiB a token. Here the text model
+hands its layers a `LayerInput` that knows the token ids and the embeddings. A layer gathers its own 256 columns of the rows, straight
+from host memory where the table lives there, projects with its own 256 rows of ``per_layer_model_projection``, and does norm, sum, gate and
+product in one kernel. No tensor with a layer axis exists.
+
+The table leaves the GPU only where it cannot be trained, which is known once a Trainer is built or PEFT has wrapped the model:
+`settle_table` is called at that moment.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma4.modeling_gemma4 import (
+    Gemma4RMSNorm,
+    Gemma4TextDecoderLayer,
+    Gemma4TextModel,
+    Gemma4TextScaledWordEmbedding,
+)
+
+from gemma_accel.hostmemory import FileSlice, HostTable, Rows
+from gemma_accel.kernels.ple import gather_rows, ple_gate
+from gemma_accel.patches.dtypes import why_not_dtype
+from gemma_accel.patches.projections import project_rows
+from gemma_accel.patches.seams import ClassSwap, Fused
+
+__all__ = [
+    "FusedGemma4TextModel",
+    "HostPerLayerEmbedding",
+    "LayerInput",
+    "PerLayerInputs",
+    "per_layer_patch",
+    "settle_table",
+]
+
+
+class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
+    """The PLE table, kept in host memory whatever device the model is on.
+
+    ``weight`` is an ordinary CPU Parameter (of the checkpoint's own pages, where it was loaded from a file), so freezing by name,
+    ``state_dict`` and ``save_pretrained`` find it where they expect it. Only `.to()` passes it by.
+    """
+
+    host: HostTable
+    _bound: tuple[int, int]
+    _output_dtype: torch.dtype
+
+    def bind(self, source: FileSlice | Tensor, *, requires_grad: bool) -> None:
+        """Take the table from ``source``, a checkpoint's slice or a CPU tensor [rows, columns]."""
+        self.host = HostTable(source)
+        weight = nn.Parameter(self.host.tensor(), requires_grad=requires_grad)
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers: do not initialise it
+        self._parameters["weight"] = weight
+        self._bound = (weight.data_ptr(), weight._version)
+        self._output_dtype = getattr(self, "_output_dtype", weight.dtype)
+        self._is_hf_initialized = True
+
+    def fetch(self, ids: Tensor) -> Rows:
+        """The rows of ``ids``; their columns are read when a layer asks."""
+        weight = self.weight
+        if (weight.data_ptr(), weight._version) != self._bound:
+            # somebody wrote into the parameter or gave it other data (a resized vocabulary, a strict load): that is the table now
+            self.host.close()
+            self.bind(weight.detach(), requires_grad=weight.requires_grad)
+        if weight.requires_grad and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the per-layer embedding table would be trained, but it was left in the checkpoint file, where it has no "
+                "gradient. Train through transformers.Trainer or a TRL trainer (they bring it back before the optimizer exists), or "
+                "freeze it: model.get_per_layer_input_embeddings().requires_grad_(False)."
+            )
+        return self.host.fetch(ids)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        rows = self.fetch(input_ids).columns(0, self.embedding_dim)
+        return rows.to(self._output_dtype) * self.embed_scale.to(input_ids.device, self._output_dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HostPerLayerEmbedding:
+        # `.to(device)` leaves the table where it is; `.half()` and `.to(dtype)` change what comes out of it
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = fn(buffer)
+        if self._parameters.get("weight") is not None:
+            converted = fn(torch.empty(0, dtype=self._output_dtype, device=self.embed_scale.device))
+            if converted.is_floating_point():
+                self._output_dtype = converted.dtype
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if isinstance(self.host.source, FileSlice):
+            self.host.source.check()  # before its pages are copied into somebody's checkpoint
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "weight")
+        if given is not None and given.shape == self.weight.shape and not given.is_meta:
+            # another table: keep it beside the file rather than write into the file's pages
+            same = given.data_ptr() == self.weight.data_ptr()
+            if not same:
+                self.host.close()
+                self.bind(given.detach().to("cpu", copy=True), requires_grad=self.weight.requires_grad)
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
+            state_dict[prefix + "weight"] = self.weight
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostPerLayerEmbedding:
+        """A copy shares the table's memory (it is never written) but has a Parameter of its own."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        shared = {k: v for k, v in self.__dict__.items() if k not in ("_parameters", "_buffers")}
+        twin.__dict__.update(shared)
+        twin._buffers = {k: None if v is None else v.clone() for k, v in self._buffers.items()}
+        weight = nn.Parameter(self.weight.data, requires_grad=self.weight.requires_grad)
+        memo[id(self.weight)] = weight
+        twin._parameters = {"weight": weight}
+        return twin
+
+
+class LayerInput:
+    """One layer's per-layer input, [B, T, P], computed when the layer asks for it."""
+
+    def __init__(self, inputs: PerLayerInputs, layer: int) -> None:
+        self._inputs, self._layer = inputs, layer
+
+    def gated(self, gate: Tensor) -> Tensor:
+        """``gelu(gate) * per_layer_input`` for ``gate`` [B, T, P]."""
+        inputs = self._inputs
+        model, width = inputs.model, inputs.width
+        start = self._layer * width
+        rows = inputs.rows(start, width)
+        projection = inputs.projection(start, width)
+        return ple_gate(
+            gate,
+            projection,
+            rows if rows.dtype == gate.dtype else rows.to(gate.dtype),
+            model.per_layer_projection_norm.weight,
+            eps=model.per_layer_projection_norm.eps,
+            projection_scale=model.per_layer_model_projection_scale,
+            rows_scale=inputs.rows_scale,
+            input_scale=model.per_layer_input_scale,
+        )
+
+    def tensor(self) -> Tensor:
+        """The input itself, by stock's arithmetic, for a layer that is not fused."""
+        inputs = self._inputs
+        model, width = inputs.model, inputs.width
+        start = self._layer * width
+        projection = inputs.projection(start, width) * model.per_layer_model_projection_scale
+        rows = inputs.rows(start, width).to(projection.dtype) * inputs.rows_scale
+        return (model.per_layer_projection_norm(projection) + rows) * model.per_layer_input_scale
+
+
+class PerLayerInputs:
+    """Stands where stock has ``[B, T, layers, P]``: indexed the same way, it gives a layer its `LayerInput`."""
+
+    def __init__(
+        self,
+        model: FusedGemma4TextModel,
+        rows: Rows | Tensor,
+        rows_scale: float,
+        embeds: Tensor | None = None,
+    ) -> None:
+        self.model, self._rows, self.rows_scale, self._embeds = model, rows, rows_scale, embeds
+        self.width = model.hidden_size_per_layer_input
+        self._whole_projection: Tensor | None = None
+
+    def with_embeds(self, embeds: Tensor) -> PerLayerInputs:
+        return PerLayerInputs(self.model, self._rows, self.rows_scale, embeds)
+
+    def __getitem__(self, index: tuple[Any, ...]) -> Any:
+        batch, tokens, layer, _ = index
+        if isinstance(layer, int):
+            item = LayerInput(self, layer)
+            fused = getattr(type(self.model.layers[layer]), "stock", None) is Gemma4TextDecoderLayer
+            return item if fused else item.tensor()
+        # stock 5.23 drops the tokens that `logits_to_keep` does not ask for: the same slice of what the layers will read
+        rows, embeds = self._rows, self._embeds
+        sliced = (
+            Rows(rows.table, rows.ids[batch, tokens], None if rows.read is None else rows.read[batch, tokens])
+            if isinstance(rows, Rows)
+            else rows[batch, tokens]
+        )
+        return PerLayerInputs(
+            self.model, sliced, self.rows_scale, None if embeds is None else embeds[batch, tokens]
+        )
+
+    def rows(self, start: int, width: int) -> Tensor:
+        """Columns of the table's rows, unscaled, [B, T, width]."""
+        if isinstance(self._rows, Rows):
+            return self._rows.columns(start, width)
+        return self._rows[..., start : start + width]
+
+    def projection(self, start: int, width: int) -> Tensor:
+        """The same rows of the context projection, unscaled, [B, T, width]."""
+        linear = self.model.per_layer_model_projection
+        assert self._embeds is not None
+        if self._whole_projection is None:
+            part = project_rows(linear, self._embeds, start, start + width)
+            if part is not None:
+                return part
+            self._whole_projection = linear(self._embeds)  # an adapter or a quantiser that has no rows of its own
+        return self._whole_projection[..., start : start + width]
+
+
+class _ResidentRows(Rows):
+    """Rows of a frozen table that lives on the model's device."""
+
+    def __init__(self, weight: Tensor, ids: Tensor) -> None:
+        self.weight, self.ids, self.read = weight, ids, None
+
+    def columns(self, start: int, width: int) -> Tensor:
+        return gather_rows(self.weight, self.ids, start, width)
+
+
+class FusedGemma4TextModel(Fused, Gemma4TextModel):
+    """Hands its layers what they need to make their own per-layer inputs. Its forward is stock's."""
+
+    def get_per_layer_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Any:
+        table = self.embed_tokens_per_layer
+        if input_ids is None or not isinstance(self.per_layer_projection_norm, Gemma4RMSNorm):
+            return super().get_per_layer_inputs(input_ids, inputs_embeds)
+        if type(table) is HostPerLayerEmbedding:
+            return PerLayerInputs(self, table.fetch(input_ids), table.scalar_embed_scale)
+        if type(table) is not Gemma4TextScaledWordEmbedding or (
+            table.weight.requires_grad and torch.is_grad_enabled()
+        ):
+            # trained, or wrapped by PEFT: its own forward, whole rows, with a gradient; they come scaled
+            return PerLayerInputs(self, table(input_ids), 1.0)
+        return PerLayerInputs(self, _ResidentRows(table.weight, input_ids), table.scalar_embed_scale)
+
+    def project_per_layer_inputs(self, inputs_embeds: Tensor, per_layer_inputs: Any = None) -> Any:
+        if isinstance(per_layer_inputs, PerLayerInputs):
+            return per_layer_inputs.with_embeds(inputs_embeds)
+        return super().project_per_layer_inputs(inputs_embeds, per_layer_inputs)
+
+
+def _why_not(model: Gemma4TextModel) -> str | None:
+    if not model.hidden_size_per_layer_input:
+        return "the model has no per-layer embeddings"
+    return why_not_dtype(model.embed_tokens_per_layer.weight)
+
+
+per_layer_patch = ClassSwap("per_layer_embeddings", "text", FusedGemma4TextModel, _why_not)
+
+
+def settle_table(model: Gemma4TextModel, device: torch.device) -> str:
+    """Put the table where it belongs, now that it is known whether it is trained; returns what was done, for the report.
+
+    Trained: a stock Parameter on the embedding's device. Frozen: host memory, if ``device`` is a GPU.
+    """
+    table = model.embed_tokens_per_layer
+    wrapped = getattr(table, "modules_to_save", None)
+    candidates = list(wrapped.values()) if wrapped is not None else [table]
+    trained = [copy for copy in candidates if copy.weight.requires_grad]
+    for copy in trained:
+        if isinstance(copy, HostPerLayerEmbedding):
+            _bring_back(copy, model.embed_tokens.weight.device)
+    if trained:
+        return f"trained: a Parameter on {trained[0].weight.device}"
+    original = getattr(table, "original_module", table)
+    if device.type == "cuda" and type(original) is Gemma4TextScaledWordEmbedding and wrapped is None:
+        _send_away(original)
+    if isinstance(original, HostPerLayerEmbedding):
+        original.host.prepare(device)
+        where = "the checkpoint file" if isinstance(original.host.source, FileSlice) else "host memory"
+        if device.type != "cuda":
+            return f"frozen: read from {where}"
+        return f"frozen: in {where}, way {original.host.way!r} ({original.host.why})"
+    return f"frozen: on {original.weight.device}"
+
+
+def _bring_back(table: HostPerLayerEmbedding, device: torch.device) -> None:
+    weight = torch.empty(table.weight.shape, dtype=table._output_dtype, device=device)
+    weight.copy_(table.weight.detach())
+    table._parameters["weight"] = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+    table.host.close()
+    for name in ("host", "_bound", "_output_dtype"):
+        table.__dict__.pop(name, None)
+    table.__class__ = table.stock
+
+
+def _send_away(table: Gemma4TextScaledWordEmbedding) -> None:
+    weight = table.weight
+    requires_grad, on_cpu = weight.requires_grad, weight.detach().to("cpu")
+    table.__class__ = HostPerLayerEmbedding
+    table._parameters["weight"] = None
+    table.bind(on_cpu, requires_grad=requires_grad)

@@ -1,0 +1,160 @@
+"""What happens to an applied model when a Trainer is built around it.
+
+`apply` wraps `transformers.Trainer.__init__` and `Trainer.train` once for the process; the last `restore()` takes the wrappers off. For
+a model that is not applied both do nothing. `__init__` is the moment at which it is known what will be trained (TRL's PEFT wrapping happens
+just before it) and before the optimizer exists; `train` reaches a trainer that was built before `apply`.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gemma_accel.models import base_model, is_gemma4, text_model
+from gemma_accel.report import Report
+
+__all__ = ["apply_automatically", "hold_trainer_wrappers", "on_applied"]
+
+_holders = 0
+_originals: dict[str, Any] = {}
+_automatic = False
+
+
+def on_applied(model: Any, base: nn.Module, report: Report, budget: float | None) -> None:
+    """Finish an `apply`: the loss-scaling flag, the Trainer's wrappers, and the table where it is already known to be frozen."""
+    from gemma_accel.callback import accept_loss_kwargs
+    from gemma_accel.models import model_device
+    from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
+
+    report._undos.append(accept_loss_kwargs(base))
+    report._undos.append(hold_trainer_wrappers())
+    text = text_model(base)
+    if hasattr(model, "peft_config") and isinstance(text, FusedGemma4TextModel):
+        report.note("per-layer table", settle_table(text, model_device(base)))
+
+
+def apply_automatically() -> None:
+    """From now on a Gemma 4 model is applied when a Trainer is built around it (`gemma_accel.auto`)."""
+    global _automatic
+    if not _automatic:
+        _automatic = True
+        hold_trainer_wrappers()
+
+
+def hold_trainer_wrappers() -> Callable[[], None]:
+    """Wrap `Trainer.__init__` and `Trainer.train` if nobody has yet; the last holder to let go unwraps them."""
+    global _holders
+    from transformers import Trainer
+
+    if _holders == 0:
+        _originals.update(__init__=Trainer.__init__, train=Trainer.train)
+        Trainer.__init__ = _wrap_init(Trainer.__init__)  # type: ignore[method-assign]
+        Trainer.train = _wrap_train(Trainer.train)  # type: ignore[method-assign]
+    _holders += 1
+    held = True
+
+    def let_go() -> None:
+        nonlocal held
+        global _holders
+        if not held:
+            return
+        held = False
+        _holders -= 1
+        if _holders == 0:
+            for name, original in _originals.items():
+                if getattr(getattr(Trainer, name), "__wrapped__", None) is original:
+                    setattr(Trainer, name, original)
+            _originals.clear()
+
+    return let_go
+
+
+def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
+        dataset = kwargs.get("train_dataset", args[3] if len(args) > 3 else None)
+        report = _report_for(model)
+        if report is not None:
+            _prepare(self, model, arguments, dataset, report)
+        original(self, *args, **kwargs)
+        if report is None:
+            report = _report_for(self.model)  # `model_init` built it
+            if report is None:
+                return
+            _prepare(self, self.model, self.args, self.train_dataset, report)
+        _attach(self, report)
+
+    return __init__
+
+
+def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        report = _report_for(self.model)
+        if report is not None and not getattr(self, "_gemma_accel_prepared", False):
+            _prepare(self, self.model, self.args, self.train_dataset, report)  # built before `apply`
+        if report is not None:
+            _attach(self, report)
+        return original(self, *args, **kwargs)
+
+    return train
+
+
+def _report_for(model: Any) -> Report | None:
+    from gemma_accel.patching import apply, report_of
+
+    if model is None or not is_gemma4(model):
+        return None
+    report = report_of(model)
+    if report is None and _automatic:
+        report = apply(model)
+    return report
+
+
+def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Report) -> None:
+    """Everything that must be settled between PEFT's wrapping and the optimizer."""
+    from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
+    from gemma_accel.patches.towers import settle_towers
+
+    base = base_model(model)
+    text = text_model(base)
+    if arguments is not None:
+        _refuse_reentrant(text, arguments)
+    device = arguments.device if arguments is not None else text.embed_tokens.weight.device
+    if isinstance(text, FusedGemma4TextModel):
+        report.note("per-layer table", settle_table(text, device))
+    report.note("towers", settle_towers(base, trainer, dataset))
+    trainer._gemma_accel_prepared = True
+
+
+def _attach(trainer: Any, report: Report) -> None:
+    """Give the trainer its callback, unless the user already did."""
+    from gemma_accel.callback import GradientAccumulationCallback
+
+    callbacks = trainer.callback_handler.callbacks
+    callback = next((c for c in callbacks if isinstance(c, GradientAccumulationCallback)), None)
+    if callback is None:
+        callback = GradientAccumulationCallback()
+        trainer.add_callback(callback)
+    callback.attach(trainer, report=report)
+
+
+def _refuse_reentrant(text: nn.Module, arguments: Any) -> None:
+    """Reentrant checkpointing computes wrong gradients where layers share keys and values; switch it off, loudly."""
+    options = getattr(arguments, "gradient_checkpointing_kwargs", None)
+    shares = any(layer.self_attn.is_kv_shared_layer for layer in text.layers)
+    if shares and arguments.gradient_checkpointing and options and options.get("use_reentrant"):
+        warnings.warn(
+            "gradient_checkpointing_kwargs={'use_reentrant': True} gives silently wrong gradients on a Gemma 4 model whose layers "
+            "share keys and values (E2B, E4B): they pass from layer to layer as a side effect that reentrant recomputation loses. "
+            "gemma_accel switched it to False; remove the option to silence this.",
+            UserWarning,
+            stacklevel=4,
+        )
+        options["use_reentrant"] = False
