@@ -106,7 +106,7 @@ def gradients_alone_and_in_pairs():
                 yield pytest.param(extra, wanted, id=f"{joint}-{'-'.join(wanted)}")
 
 
-@pytest.mark.parametrize(("joint", "wanted"), gradients_alone_and_in_pairs())
+@pytest.mark.parametrize(("joint", "wanted"), list(gradients_alone_and_in_pairs()))
 def test_gradients_alone_and_in_pairs(joint, wanted, device, poisoned):
     inputs, grads = make((300, 16), torch.float32, device, joint)
     every = run(norm_add, inputs, grads)
