@@ -1,0 +1,12 @@
+"""The audio modality: what is replaced, in the order of installation."""
+
+from __future__ import annotations
+
+from gemma_accel.hookspecs import Patch, hookimpl
+
+__all__ = ["gemma_accel_patches"]
+
+
+@hookimpl
+def gemma_accel_patches() -> list[Patch]:
+    return []
