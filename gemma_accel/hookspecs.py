@@ -52,6 +52,10 @@ class Patch:
         """The reason, as a sentence for the user, why this module must stay stock; None where the patch fits."""
         return None
 
+    def needs(self, module: nn.Module) -> str | None:
+        """The name of another patch that must sit in the same module for this one to act; None if it stands alone."""
+        return None
+
     def install(self, module: nn.Module) -> Undo:
         """Change the module and return the function that changes it back. Raising leaves the module as it was."""
         raise NotImplementedError

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gemma_accel.kernels.ple import HostRows, gather_rows
 
-__all__ = ["FileSlice", "HostTable", "StaleFileError"]
+__all__ = ["FileSlice", "HostTable", "Rows", "StaleFileError"]
 
 
 class StaleFileError(RuntimeError):
@@ -230,6 +230,10 @@ class Rows:
     table: HostTable
     ids: Tensor
     read: Tensor | None
+
+    def __getitem__(self, index: tuple[slice, ...]) -> Rows:
+        """The rows of some of the ids."""
+        return Rows(self.table, self.ids[index], None if self.read is None else self.read[index])
 
     def columns(self, start: int, width: int) -> Tensor:
         """``table[ids, start:start + width]`` on the ids' device, [*ids.shape, width], in the table's dtype."""

@@ -36,9 +36,9 @@ _reports: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()
 @functools.cache
 def registry() -> Registry:
     """The process's registry: the built-in modalities and the installed plugins, made when first asked for."""
-    from gemma_accel.patches import text
+    from gemma_accel.patches import audio, text, vision
 
-    return Registry({"text": text})
+    return Registry({"text": text, "vision": vision, "audio": audio})
 
 
 def report_of(model: Any) -> Report | None:
@@ -121,6 +121,7 @@ def _candidates(
     """Where each patch fits, in the patches' order; what does not fit goes to the report with its reason."""
     found = []
     taken: dict[tuple[str, str], str] = {}
+    placed: set[tuple[str, str]] = set()
     modules = list(base.named_modules())
     for patch in patches:
         matched = False
@@ -134,6 +135,9 @@ def _candidates(
             if reason := patch.why_not(module):
                 report.skip(patch.name, patch.modality, path, reason)
                 continue
+            if (needed := patch.needs(module)) and (path, needed) not in placed:
+                report.skip(patch.name, patch.modality, path, f"it needs the {needed!r} patch here")
+                continue
             if other := taken.get((path, patch.seam)):
                 raise PatchConflictError(
                     f"patches {other!r} and {patch.name!r} both want the {patch.seam!r} of {path or 'the model'!r} "
@@ -141,6 +145,7 @@ def _candidates(
                     "`replaces`. The model is as it was."
                 )
             taken[path, patch.seam] = patch.name
+            placed.add((path, patch.name))
             found.append((patch, path, module))
         if not matched:
             report.skip(patch.name, patch.modality, "", "nothing in this model matches it")

@@ -120,6 +120,7 @@ def _report_for(model: Any) -> Report | None:
 def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Report) -> None:
     """Everything that must be settled between PEFT's wrapping and the optimizer."""
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
+    from gemma_accel.patches.projections import stepped_aside
     from gemma_accel.patches.towers import settle_towers
 
     base = base_model(model)
@@ -130,6 +131,8 @@ def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Rep
     if isinstance(text, FusedGemma4TextModel):
         report.note("per-layer table", settle_table(text, device))
     report.note("towers", settle_towers(base, trainer, dataset))
+    for path, reason in stepped_aside(base):
+        report.skip("lora", "text", path, reason)
     trainer._gemma_accel_prepared = True
 
 

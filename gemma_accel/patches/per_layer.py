@@ -26,7 +26,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from gemma_accel.hostmemory import FileSlice, HostTable, Rows
 from gemma_accel.kernels.ple import gather_rows, ple_gate
 from gemma_accel.patches.dtypes import why_not_dtype
-from gemma_accel.patches.projections import project_rows
+from gemma_accel.patches.projections import project_rows, rows_apart
 from gemma_accel.patches.seams import ClassSwap, Fused
 
 __all__ = [
@@ -46,7 +46,7 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
     ``state_dict`` and ``save_pretrained`` find it where they expect it. Only `.to()` passes it by.
     """
 
-    host: HostTable
+    host: HostTable | None = None  # None while a checkpoint is being loaded
     _bound: tuple[int, int]
     _output_dtype: torch.dtype
 
@@ -91,13 +91,13 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if isinstance(self.host.source, FileSlice):
+        if self.host is not None and isinstance(self.host.source, FileSlice):
             self.host.source.check()  # before its pages are copied into somebody's checkpoint
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "weight")
-        if given is not None and given.shape == self.weight.shape and not given.is_meta:
+        if self.host is not None and given is not None and given.shape == self.weight.shape:
             # another table: keep it beside the file rather than write into the file's pages
             same = given.data_ptr() == self.weight.data_ptr()
             if not same:
@@ -166,10 +166,14 @@ class PerLayerInputs:
     ) -> None:
         self.model, self._rows, self.rows_scale, self._embeds = model, rows, rows_scale, embeds
         self.width = model.hidden_size_per_layer_input
-        self._whole_projection: Tensor | None = None
+        self._whole_projection: Tensor | None = None  # where its rows cannot be had a layer at a time
 
     def with_embeds(self, embeds: Tensor) -> PerLayerInputs:
-        return PerLayerInputs(self.model, self._rows, self.rows_scale, embeds)
+        inputs = PerLayerInputs(self.model, self._rows, self.rows_scale, embeds)
+        linear = self.model.per_layer_model_projection
+        if not rows_apart(linear, embeds):
+            inputs._whole_projection = linear(embeds)
+        return inputs
 
     def __getitem__(self, index: tuple[Any, ...]) -> Any:
         batch, tokens, layer, _ = index
@@ -178,39 +182,34 @@ class PerLayerInputs:
             fused = getattr(type(self.model.layers[layer]), "stock", None) is Gemma4TextDecoderLayer
             return item if fused else item.tensor()
         # stock 5.23 drops the tokens that `logits_to_keep` does not ask for: the same slice of what the layers will read
-        rows, embeds = self._rows, self._embeds
-        sliced = (
-            Rows(rows.table, rows.ids[batch, tokens], None if rows.read is None else rows.read[batch, tokens])
-            if isinstance(rows, Rows)
-            else rows[batch, tokens]
-        )
-        return PerLayerInputs(
-            self.model, sliced, self.rows_scale, None if embeds is None else embeds[batch, tokens]
-        )
+        sliced = PerLayerInputs(self.model, self._rows[batch, tokens], self.rows_scale)
+        for name in ("_embeds", "_whole_projection"):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(sliced, name, tensor[batch, tokens])
+        return sliced
 
     def rows(self, start: int, width: int) -> Tensor:
         """Columns of the table's rows, unscaled, [B, T, width]."""
         if isinstance(self._rows, Rows):
             return self._rows.columns(start, width)
-        return self._rows[..., start : start + width]
+        return self._rows[..., start : start + width]  # type: ignore[return-value]
 
     def projection(self, start: int, width: int) -> Tensor:
         """The same rows of the context projection, unscaled, [B, T, width]."""
-        linear = self.model.per_layer_model_projection
+        if self._whole_projection is not None:
+            return self._whole_projection[..., start : start + width]
         assert self._embeds is not None
-        if self._whole_projection is None:
-            part = project_rows(linear, self._embeds, start, start + width)
-            if part is not None:
-                return part
-            self._whole_projection = linear(self._embeds)  # an adapter or a quantiser that has no rows of its own
-        return self._whole_projection[..., start : start + width]
+        return project_rows(self.model.per_layer_model_projection, self._embeds, start, start + width)
 
 
 class _ResidentRows(Rows):
     """Rows of a frozen table that lives on the model's device."""
 
     def __init__(self, weight: Tensor, ids: Tensor) -> None:
-        self.weight, self.ids, self.read = weight, ids, None
+        self.weight, self.ids = weight, ids
+
+    def __getitem__(self, index: tuple[slice, ...]) -> _ResidentRows:
+        return _ResidentRows(self.weight, self.ids[index])
 
     def columns(self, start: int, width: int) -> Tensor:
         return gather_rows(self.weight, self.ids, start, width)

@@ -1,32 +1,158 @@
 """Linear layers as PEFT and bitsandbytes left them, seen as one autograd step over what they really compute.
 
 Everything is read at call time, so it does not matter whether PEFT wraps before or after `apply`, and adapters may be switched,
-disabled or merged between steps. What the fused step does not cover goes through the module's own forward, with the reason noted.
+disabled or merged between steps. What the fused step does not cover goes through the module's own forward, and `stepped_aside` gives the
+reason for the report.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from transformers.models.gemma4.modeling_gemma4 import (
+    Gemma4TextAttention,
+    Gemma4TextDecoderLayer,
+    Gemma4TextMLP,
+    Gemma4TextModel,
+)
 
+from gemma_accel.hookspecs import Patch
 from gemma_accel.kernels.lora import Projection, project
-from gemma_accel.kernels.nf4 import nf4_weight
+from gemma_accel.kernels.nf4 import nf4_refusal, nf4_weight
+from gemma_accel.patches.seams import Fused, Undoing, set_attribute
 
-__all__ = ["project_rows"]
-
-
-def project_rows(linear: nn.Module, x: Tensor, start: int, stop: int) -> Tensor | None:
-    """``linear(x)[..., start:stop]`` from those rows of a frozen weight alone; None where they cannot be had apart."""
-    weight = _frozen_weight(linear)
-    if weight is None:
-        return None
-    return project(x, Projection(weight, None, None, None, 1.0, (start, stop)))[0]
+__all__ = ["as_projection", "lora_patch", "project_modules", "project_rows", "rows_apart", "stepped_aside"]
 
 
-def _frozen_weight(linear: nn.Module) -> Any:
-    if type(linear) is nn.Linear and linear.bias is None and not linear.weight.requires_grad:
-        return linear.weight
-    if type(linear).__name__ == "Linear4bit" and linear.bias is None:
-        return nf4_weight(linear.weight)
-    return None
+def project_modules(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """``linear(x)`` for each, as one step where all can be read, else each by its own forward."""
+    projections = []
+    for linear in linears:
+        projection = as_projection(linear, x)
+        if isinstance(projection, str):
+            return tuple(linear(x) for linear in linears)
+        projections.append(projection)
+    return project(x, *projections)
+
+
+def rows_apart(linear: nn.Module, x: Tensor) -> bool:
+    """Whether some of ``linear``'s outputs can be had from their rows alone, and had better be.
+
+    Not of a trained dense weight: each slice would leave a gradient of the whole weight's size.
+    """
+    projection = as_projection(linear, x)
+    return not isinstance(projection, str) and not (
+        isinstance(projection.weight, Tensor) and projection.weight.requires_grad
+    )
+
+
+def project_rows(linear: nn.Module, x: Tensor, start: int, stop: int) -> Tensor:
+    """``linear(x)[..., start:stop]`` from those rows alone, where `rows_apart` says yes."""
+    projection = as_projection(linear, x)
+    assert isinstance(projection, Projection), projection
+    return project(x, projection._replace(rows=(start, stop)))[0]
+
+
+def as_projection(linear: nn.Module, x: Tensor | None = None) -> Projection | str:
+    """What ``linear`` computes now, or the reason (a sentence's end) why only its own forward can.
+
+    Where ``x`` is given, what depends on its dtype is looked at too.
+    """
+    if not isinstance(linear, LoraLayer):
+        base = _base(linear, x)
+        return base if isinstance(base, str) else Projection(*base)
+    base = _base(linear.base_layer, x)
+    if isinstance(base, str):
+        return base
+    if linear._forward_hooks or linear._forward_pre_hooks:
+        return "a hook watches the layer"
+    if linear.disable_adapters:
+        return "adapters are disabled while merged" if linear.merged else Projection(*base)
+    if linear.merged:
+        return Projection(*base)
+    active = [name for name in linear.active_adapters if name in linear.lora_A]
+    if not active:
+        return Projection(*base)
+    if len(active) > 1:
+        return "several adapters are active at once"
+    return _adapted(linear, active[0], base)
+
+
+def _base(linear: nn.Module, x: Tensor | None) -> tuple[Any, Any] | str:
+    """Weight and bias of an unadapted layer."""
+    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
+        return "a hook watches the layer"
+    if type(linear) is nn.Linear:
+        return linear.weight, linear.bias
+    if type(linear).__name__ == "Linear4bit":
+        if refusal := nf4_refusal(linear.weight):
+            return refusal
+        computes = linear.compute_dtype if linear.compute_type_is_set else None
+        if x is not None and computes not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
+            return f"bnb_4bit_compute_dtype is {computes}, the layer's input {x.dtype}"
+        return nf4_weight(linear.weight), linear.bias
+    return f"{type(linear).__name__} is quantised in a way the fused step does not read"
+
+
+def _adapted(linear: Any, name: str, base: tuple[Any, Any]) -> Projection | str:
+    if linear.lora_variant.get(name) is not None or getattr(linear, "use_dora", {}).get(name):
+        return "the adapter is a LoRA variant (DoRA, aLoRA, ...)"
+    dropout = linear.lora_dropout[name]
+    if dropout.training and getattr(dropout, "p", 0.0) > 0.0:
+        return f"lora_dropout is {dropout.p}"
+    lora_a, lora_b = linear.lora_A[name], linear.lora_B[name]
+    if lora_b.bias is not None or lora_a.bias is not None:
+        return "the adapter has a bias (lora_bias)"
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return f"the adapter's factors are {type(lora_a).__name__}"
+    return Projection(*base, lora_a.weight, lora_b.weight, linear.scaling[name])
+
+
+_GROUPS = {
+    Gemma4TextAttention: ("qk_norm_rope", ("q_proj", "k_proj", "v_proj", "o_proj")),
+    Gemma4TextMLP: ("geglu", ("gate_proj", "up_proj", "down_proj")),
+    Gemma4TextDecoderLayer: ("decoder_layer", ("per_layer_input_gate", "per_layer_projection")),
+}
+
+
+def _group(module: nn.Module) -> tuple[str, tuple[str, ...]] | None:
+    return _GROUPS.get(type(module).stock if isinstance(module, Fused) else type(module))  # type: ignore[arg-type]
+
+
+class LoraPatch(Patch):
+    """Sets the projections' seam of the fused attention, MLP and decoder layer."""
+
+    name, modality, seam = "lora", "text", "project"
+
+    def matches(self, path: str, module: nn.Module) -> bool:
+        return _group(module) is not None
+
+    def needs(self, module: nn.Module) -> str | None:
+        group = _group(module)
+        return group[0] if group else None
+
+    def install(self, module: nn.Module) -> Undoing:
+        return set_attribute(module, "project", project_modules)
+
+
+lora_patch = LoraPatch()
+
+
+def stepped_aside(base: nn.Module) -> Iterator[tuple[str, str]]:
+    """Paths of linear layers that the fused step would call as they are now, each with the reason."""
+    for path, module in base.named_modules():
+        if vars(module).get("project") is project_modules:
+            group = _group(module)
+            names = group[1] if group else ()
+        elif isinstance(module, Fused) and type(module).stock is Gemma4TextModel:
+            names = ("per_layer_model_projection",)
+        else:
+            continue
+        for name in names:
+            linear = getattr(module, name, None)
+            if linear is not None and isinstance(reason := as_projection(linear), str):
+                yield f"{path}.{name}", reason

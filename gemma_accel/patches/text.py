@@ -6,6 +6,7 @@ from gemma_accel.hookspecs import Patch, hookimpl
 from gemma_accel.patches.decoder import decoder_layer_patch, geglu_patch, qk_norm_rope_patch
 from gemma_accel.patches.norms import rms_norm_patch
 from gemma_accel.patches.per_layer import per_layer_patch
+from gemma_accel.patches.projections import lora_patch
 
 __all__ = ["gemma_accel_patches"]
 
@@ -18,4 +19,5 @@ def gemma_accel_patches() -> list[Patch]:
         geglu_patch,
         decoder_layer_patch,
         per_layer_patch,
+        lora_patch,
     ]

@@ -1,0 +1,306 @@
+"""The load path: real safetensors files, real NF4, the table left where it is."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma4ForConditionalGeneration
+
+from gemma_accel.hostmemory import FileSlice, HostTable, StaleFileError
+from gemma_accel.loading import find_tensor, install_load_path
+from gemma_accel.patches.per_layer import HostPerLayerEmbedding
+from tests.tiny import batch, tiny_model
+
+pytestmark = pytest.mark.usefixtures("references")
+
+NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+@pytest.fixture
+def load_path():
+    undo = install_load_path()
+    yield
+    undo()
+
+
+@pytest.fixture(params=["causal", "conditional"])
+def checkpoint(request, tmp_path):
+    tiny_model(request.param).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def table_of(model):
+    return model.get_per_layer_input_embeddings()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**batch()).logits
+
+
+def stock(path, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs)
+
+
+class TestLoading:
+    def test_the_table_stays_in_the_file_and_outputs_are_bitwise_stock(self, checkpoint, request):
+        expected = logits(stock(checkpoint))
+        request.getfixturevalue("load_path")
+        model = AutoModelForCausalLM.from_pretrained(checkpoint)
+        assert type(table_of(model)) is HostPerLayerEmbedding
+        assert isinstance(table_of(model).host.source, FileSlice)
+        assert torch.equal(logits(model), expected)
+
+    def test_undo_brings_the_stock_path_back(self, checkpoint):
+        install_load_path()()
+        assert type(table_of(stock(checkpoint))) is not HostPerLayerEmbedding
+
+    def test_no_missing_and_no_unexpected_keys(self, checkpoint, load_path):
+        _, info = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_converted_at_load(self, checkpoint, dtype, request):
+        expected = logits(stock(checkpoint, dtype=dtype))
+        request.getfixturevalue("load_path")
+        assert torch.equal(logits(stock(checkpoint, dtype=dtype)), expected)
+
+    def test_shards(self, tmp_path, request):
+        tiny_model("conditional").save_pretrained(tmp_path, max_shard_size="200KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 2
+        expected = logits(stock(tmp_path))
+        request.getfixturevalue("load_path")
+        model = stock(tmp_path)
+        assert isinstance(table_of(model).host.source, FileSlice)
+        assert torch.equal(logits(model), expected)
+
+    def test_nf4_quantised_at_load(self, checkpoint, request):
+        config = BitsAndBytesConfig(**NF4)
+        expected = logits(stock(checkpoint, quantization_config=config).train())
+        request.getfixturevalue("load_path")
+        model = stock(checkpoint, quantization_config=config).train()
+        assert isinstance(table_of(model).host.source, FileSlice)
+        assert torch.equal(logits(model), expected)
+
+    def test_checkpoint_that_is_already_in_four_bits(self, checkpoint, tmp_path, request):
+        stock(checkpoint, quantization_config=BitsAndBytesConfig(**NF4)).save_pretrained(tmp_path / "nf4")
+        expected = logits(stock(tmp_path / "nf4").train())
+        request.getfixturevalue("load_path")
+        model = stock(tmp_path / "nf4").train()
+        assert isinstance(table_of(model).host.source, FileSlice)
+        assert torch.equal(logits(model), expected)
+
+    def test_not_safetensors_falls_back_to_host_memory(self, checkpoint, request):
+        state = load_file(checkpoint / "model.safetensors")
+        torch.save(state, checkpoint / "pytorch_model.bin")
+        (checkpoint / "model.safetensors").unlink()
+        expected = logits(stock(checkpoint))
+        request.getfixturevalue("load_path")
+        for device_map in (None, {"": "cpu"}):
+            model = stock(checkpoint, device_map=device_map)
+            assert isinstance(table_of(model).host.source, torch.Tensor)
+            assert torch.equal(logits(model), expected)
+
+    def test_from_config_is_untouched(self, checkpoint, load_path):
+        model = AutoModelForCausalLM.from_config(stock(checkpoint).config)
+        assert type(table_of(model)) is not HostPerLayerEmbedding
+        assert isinstance(table_of(model).weight, torch.nn.Parameter)
+
+    def test_a_load_that_raises_leaves_no_trace(self, checkpoint, load_path):
+        from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
+
+        init = Gemma4TextModel.__init__
+        with pytest.raises(Exception):  # noqa: B017 - whatever transformers raises
+            AutoModelForCausalLM.from_pretrained(checkpoint, no_such_argument=1, device_map="nowhere")
+        assert Gemma4TextModel.__init__ is init
+        assert type(table_of(stock(checkpoint))) is HostPerLayerEmbedding
+
+    def test_float32_is_pointed_out_with_the_remedy(self, tmp_path, load_path):
+        tiny_model(dtype=torch.bfloat16).save_pretrained(tmp_path)
+        with pytest.warns(UserWarning, match='model_init_kwargs={"dtype": "bfloat16"}'):
+            stock(tmp_path, dtype=torch.float32)
+
+    def test_importing_auto_installs_it_and_disable_turns_it_off(self, checkpoint):
+        script = textwrap.dedent(
+            f"""
+            import warnings
+            warnings.simplefilter("ignore")
+            import gemma_accel.auto
+            from transformers import AutoModelForCausalLM
+            model = AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})
+            print(hasattr(model.get_per_layer_input_embeddings(), "host"))
+            """
+        )
+        for disable, expected in (("0", "True"), ("1", "False")):
+            out = subprocess.run(
+                [sys.executable, "-c", script],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**__import__("os").environ, "GEMMA_ACCEL_DISABLE": disable},
+            ).stdout
+            assert out.split()[-1] == expected
+
+
+@pytest.fixture
+def model(checkpoint, load_path):
+    return stock(checkpoint)
+
+
+class TestTable:
+    def test_saves_and_reloads_in_stock(self, model, tmp_path):
+        expected = logits(model)
+        model.save_pretrained(tmp_path / "saved")
+        install_load_path()()
+        from transformers.models.gemma4.modeling_gemma4 import Gemma4PreTrainedModel
+
+        for name in ("from_pretrained", "_load_pretrained_model"):
+            if name in vars(Gemma4PreTrainedModel):
+                delattr(Gemma4PreTrainedModel, name)
+        again = stock(tmp_path / "saved")
+        assert type(table_of(again)) is not HostPerLayerEmbedding
+        assert torch.equal(logits(again), expected)
+
+    def test_strict_state_dict_round_trip(self, model):
+        expected = logits(model)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(state)
+        assert torch.equal(logits(model), expected)
+        key = next(k for k in state if "embed_tokens_per_layer" in k)
+        state[key] = state[key] + 1
+        model.load_state_dict(state)
+        assert not torch.equal(logits(model), expected)
+        assert torch.equal(model.state_dict()[key], state[key])
+
+    def test_a_write_to_the_parameter_is_seen_and_never_reaches_the_file(self, model, checkpoint):
+        expected = logits(model)
+        before = (checkpoint / "model.safetensors").read_bytes()
+        with torch.no_grad():
+            table_of(model).weight.add_(1.0)
+        assert not torch.equal(logits(model), expected)
+        assert (checkpoint / "model.safetensors").read_bytes() == before
+
+    def test_resized_vocabulary(self, model, checkpoint):
+        other = tiny_model("causal" if type(model).__name__ == "Gemma4ForCausalLM" else "conditional")
+        for m in (model, other):
+            m.resize_token_embeddings(170, mean_resizing=False)
+        assert table_of(model).weight.shape == table_of(other).weight.shape == (170, 80)
+        assert torch.equal(table_of(model).weight[:160], table_of(other).weight[:160])
+        logits(model)
+
+    def test_half_and_to_change_what_comes_out(self, model):
+        ids = batch()["input_ids"]
+        assert table_of(model)(ids).dtype == torch.float32
+        model.half()
+        assert table_of(model)(ids).dtype == torch.float16
+        model.to(torch.bfloat16)
+        assert table_of(model)(ids).dtype == torch.bfloat16
+        logits(model)
+
+    def test_freezing_by_name_reaches_it(self, model):
+        for name, parameter in model.named_parameters():
+            if "embed_tokens_per_layer" in name:
+                parameter.requires_grad_(False)
+        assert not table_of(model).weight.requires_grad
+
+    def test_training_it_without_a_trainer_is_refused_with_the_remedy(self, model):
+        with pytest.raises(RuntimeError, match="requires_grad_"):
+            model.train()(**batch())
+        table_of(model).requires_grad_(False)
+        model(**batch()).loss.backward()
+
+    def test_a_replaced_file_is_noticed_when_saving(self, model, checkpoint, tmp_path):
+        data = (checkpoint / "model.safetensors").read_bytes()
+        (checkpoint / "model.safetensors").unlink()
+        (checkpoint / "model.safetensors").write_bytes(data)
+        with pytest.raises(StaleFileError, match="changed on disk"):
+            model.save_pretrained(tmp_path / "saved")
+
+
+class TestHostTable:
+    @pytest.fixture
+    def table(self, tmp_path):
+        weight = torch.randn(33, 24, dtype=torch.bfloat16)
+        save_file({"a": torch.ones(3), "x.embed_tokens_per_layer.weight": weight}, tmp_path / "f.safetensors")
+        return weight, find_tensor(tmp_path / "f.safetensors", suffix="embed_tokens_per_layer.weight")
+
+    def test_rows_by_columns_from_a_file(self, table):
+        weight, source = table
+        ids = torch.tensor([[0, 32, 5], [5, 5, 1]])
+        rows = HostTable(source).fetch(ids)
+        assert torch.equal(rows.columns(8, 16), weight[ids, 8:24])
+
+    def test_from_a_tensor(self, table):
+        weight, _ = table
+        ids = torch.tensor([3, 1])
+        assert torch.equal(HostTable(weight).fetch(ids).columns(0, 24), weight[ids])
+
+    def test_id_out_of_range(self, table):
+        with pytest.raises(IndexError, match="33 rows"):
+            HostTable(table[1]).fetch(torch.tensor([33]))
+
+    def test_cut_short_while_in_use(self, table):
+        _, source = table
+        host = HostTable(source)
+        host.fetch(torch.tensor([0]))
+        with open(source.path, "r+b") as file:
+            file.truncate(source.offset + 10)
+        with pytest.raises(StaleFileError, match="cut short"):
+            host.fetch(torch.tensor([30]))
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("way", ["mapped", "pinned", "read"])
+    def test_every_way_on_a_gpu_is_bitwise_equal(self, table, way, monkeypatch):
+        weight, source = table
+        if way != "mapped":
+            monkeypatch.setattr(HostTable, "_map", lambda self: "not this time")
+        if way == "read":
+            monkeypatch.setattr(HostTable, "_pin", lambda self: "nor this")
+        ids = torch.tensor([[0, 32, 5], [5, 5, 1]], device="cuda")
+        host = HostTable(source)
+        rows = host.fetch(ids)
+        assert host.way == way, host.why
+        assert torch.equal(rows.columns(8, 16).cpu(), weight[ids.cpu(), 8:24])
+        host.close()
+
+
+class TestHeaders:
+    def write(self, path, header, payload=b"\0" * 64):
+        raw = json.dumps(header).encode() if not isinstance(header, bytes) else header
+        path.write_bytes(struct.pack("<Q", len(raw)) + raw + payload)
+        return path
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"dtype": "F32", "shape": [4, 4], "data_offsets": [0, 65]},
+            {"dtype": "F32", "shape": [4, 4], "data_offsets": [16, 80]},
+            {"dtype": "F32", "shape": [4, 4], "data_offsets": [-64, 0]},
+            {"dtype": "F32", "shape": [-4, -4], "data_offsets": [0, 64]},
+            {"dtype": "F32", "shape": [4.0, 4], "data_offsets": [0, 64]},
+            {"dtype": "F32", "shape": [4, 4]},
+            {"dtype": "F32", "shape": [4, 4], "data_offsets": [0]},
+            "nonsense",
+        ],
+    )
+    def test_places_outside_the_file_are_refused(self, tmp_path, entry):
+        path = self.write(tmp_path / "f.safetensors", {"t.weight": entry})
+        with pytest.raises(ValueError, match="damaged|malformed"):
+            find_tensor(path, suffix="t.weight")
+
+    @pytest.mark.parametrize("raw", [b"", b"{}", b"\xff" * 16, struct.pack("<Q", 2**62) + b"{}"])
+    def test_what_is_no_safetensors_file_is_said_so(self, tmp_path, raw):
+        path = tmp_path / "f.safetensors"
+        path.write_bytes(raw)
+        with pytest.raises(ValueError, match="not a safetensors file"):
+            find_tensor(path, suffix="t.weight")
+
+    def test_absent_tensor(self, tmp_path):
+        assert find_tensor(self.write(tmp_path / "f.safetensors", {}), suffix="t.weight") is None
