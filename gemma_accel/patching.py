@@ -9,7 +9,6 @@ import functools
 import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -30,7 +29,7 @@ from gemma_accel.report import Applied, Report
 
 __all__ = ["apply", "registry", "report_of"]
 
-_reports: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()
+_REPORT = "_gemma_accel_report"  # on the model itself, so that the two are collected together
 
 
 @functools.cache
@@ -44,7 +43,7 @@ def registry() -> Registry:
 def report_of(model: Any) -> Report | None:
     """The report of an applied model (PEFT's wrapper or the model inside), None for any other."""
     try:
-        return _reports.get(base_model(model))
+        return vars(base_model(model)).get(_REPORT)
     except GemmaAccelError:
         return None
 
@@ -81,7 +80,7 @@ def apply(
     Whatever is raised, the model is as it was before the call.
     """
     base = base_model(model)
-    if (report := _reports.get(base)) is not None:
+    if (report := report_of(base)) is not None:
         return report
     _refuse_foreign(base)
     budget = memory_budget(base, vram_gib)
@@ -93,8 +92,8 @@ def apply(
     try:
         _install(candidates, report)
         wiring.on_applied(model, base, report, budget)
-        _reports[base] = report
-        report._undos.insert(0, functools.partial(_reports.pop, base, None))
+        setattr(base, _REPORT, report)
+        report._undos.insert(0, functools.partial(delattr, base, _REPORT))
         registry().applied(model, report)
     except BaseException:
         _roll_back(report)

@@ -86,6 +86,10 @@ class Report:
         self._checks.clear()
         self._plan = None
 
+    def __reduce__(self) -> Any:
+        """A copied or pickled model is not the one that this report can restore: it goes without."""
+        return type(None), ()
+
     def to_dict(self) -> dict[str, Any]:
         """The records and notes as plain lists and dictionaries, ready for JSON."""
         return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,7 +32,9 @@ def on_applied(model: Any, base: nn.Module, report: Report, budget: float | None
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
 
     report._undos.append(accept_loss_kwargs(base))
-    report._undos.append(hold_trainer_wrappers())
+    let_go = hold_trainer_wrappers()
+    weakref.finalize(base, let_go)  # a model that is dropped without `restore` lets go too
+    report._undos.append(let_go)
     text = text_model(base)
     if hasattr(model, "peft_config") and isinstance(text, FusedGemma4TextModel):
         report.note("per-layer table", settle_table(text, model_device(base)))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer
 
 import gemma_accel
 from gemma_accel import errors, patching
@@ -81,6 +84,17 @@ class TestApply:
         assert gemma_accel.apply(wrapped.get_base_model()) is report
         assert patching.report_of(wrapped) is report
         assert "per-layer table" in report.notes
+
+    def test_a_dropped_model_is_collected_and_lets_go_of_the_trainer(self):
+        gc.collect()
+        init = Trainer.__init__
+        model = tiny_model()
+        gemma_accel.apply(model)
+        alive = weakref.ref(model)
+        del model
+        gc.collect()
+        assert alive() is None
+        assert Trainer.__init__ is init
 
     def test_limits_itself_to_named_patches(self, model):
         report = gemma_accel.apply(model, patches=["rms_norm", "geglu"])
