@@ -23,6 +23,7 @@ from gemma_accel.kernels.rms_norm import (
     row_tile,
     share_rows,
     strided_rows,
+    weight_grad,
     widen,
 )
 
@@ -241,7 +242,7 @@ def norm_add_bwd(
     needs_dnext = needs_dnext and dn is not None
     if dh is None and dn is None:
         return None, None, None, None
-    passes_through = dn is None and scale is None and dh.dtype == residual_dtype
+    passes_through = dh is not None and dn is None and scale is None and dh.dtype == residual_dtype
     dresidual = dh if needs_dresidual and passes_through else None
     needs_dresidual = needs_dresidual and not passes_through
     if not (needs_dx or needs_dresidual or needs_dw or needs_dnext):
@@ -254,7 +255,7 @@ def norm_add_bwd(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
     if needs_dresidual:
         dresidual = torch.empty(x.shape, dtype=residual_dtype, device=device)
-    dw, dnext = (
+    dw_sums, dnext_sums = (
         torch.empty(programs, width, dtype=torch.float32, device=device) if needed else None
         for needed in (needs_dw, needs_dnext)
     )
@@ -272,8 +273,8 @@ def norm_add_bwd(
         rstd,
         dx,
         dresidual,
-        dw,
-        dnext,
+        dw_sums,
+        dnext_sums,
         n_rows,
         rows_per_program,
         dh_row_stride,
@@ -291,9 +292,7 @@ def norm_add_bwd(
         HAS_DNEXT=needs_dnext,
         num_warps=num_warps,
     )
-    dw = dw.sum(0).to(weight.dtype) if needs_dw else None
-    dnext = dnext.sum(0).to(next_weight.dtype) if needs_dnext else None
-    return dx, dresidual, dw, dnext
+    return dx, dresidual, weight_grad(dw_sums, weight), weight_grad(dnext_sums, next_weight)
 
 
 class NormAddFunction(torch.autograd.Function):

@@ -33,6 +33,7 @@ from gemma_accel.kernels.rms_norm import (
     row_tile,
     share_rows,
     strided_rows,
+    weight_grad,
     widen,
 )
 
@@ -375,7 +376,9 @@ def ple_gate_bwd(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed else None
         for x, needed in zip((gate, projection, rows), needs, strict=False)
     )
-    dw = torch.empty(programs, width, dtype=torch.float32, device=gate.device) if needs_dw else None
+    sums = (
+        torch.empty(programs, width, dtype=torch.float32, device=gate.device) if needs_dw else None
+    )
     inputs, strides = zip(*map(strided_rows, (dout, gate, projection, rows)), strict=True)
     _ple_gate_bwd_kernel[(programs,)](
         *inputs,
@@ -383,7 +386,7 @@ def ple_gate_bwd(
         dgate,
         dprojection,
         drows,
-        dw,
+        sums,
         n_rows,
         rows_per_program,
         *strides,
@@ -400,7 +403,7 @@ def ple_gate_bwd(
         HAS_DW=needs_dw,
         num_warps=num_warps,
     )
-    return dgate, dprojection, drows, dw.sum(0).to(norm_weight.dtype) if needs_dw else None
+    return dgate, dprojection, drows, weight_grad(sums, norm_weight)
 
 
 class PLEGateFunction(torch.autograd.Function):

@@ -23,6 +23,7 @@ from gemma_accel.kernels.rms_norm import (
     check_weight,
     rms_norm_ref,
     share_rows,
+    weight_grad,
     widen,
 )
 
@@ -49,7 +50,7 @@ def qkv_norm_rope_ref(
         y1, y2 = n1 * cos - n2 * sin, n2 * cos + n1 * sin
         return torch.cat((y1, n[..., pairs:half], y2, n[..., half + pairs :]), -1).to(x.dtype)
 
-    if k is None:
+    if k is None or v is None or k_weight is None:
         return norm_rope(q, q_weight), None, None
     return norm_rope(q, q_weight), norm_rope(k, k_weight), rms_norm_ref(v, None, eps)
 
@@ -399,11 +400,13 @@ def _token_rows(x: Tensor | None) -> tuple[Tensor | None, int]:
     return (x, stride) if stride is not None else _token_rows(x.contiguous())
 
 
-def _result(name: str, given: Tensor | None, x: Tensor, needed: bool) -> tuple[Tensor | None, int]:
+def _result(
+    name: str, given: Tensor | None, x: Tensor | None, needed: bool
+) -> tuple[Tensor | None, int]:
     """A gradient's buffer and its token stride: the one given, or a new one if needed."""
+    if x is None or not needed:
+        return None, 0
     if given is None:
-        if not needed:
-            return None, 0
         return _token_rows(torch.empty_like(x, memory_format=torch.contiguous_format))
     stride = _token_stride(given)
     if stride is None or given.shape != x.shape:
@@ -435,24 +438,27 @@ def qkv_norm_rope_fwd(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     batch, tokens, n_heads, size = q.shape
     k_heads = 0 if k is None else k.shape[2]
-    outs = [
+    q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    k_out, v_out = (
         None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (q, k, v)
-    ]
-    (q, q_stride), (k, k_stride), (v, v_stride) = map(_token_rows, (q, k, v))
+        for x in (k, v)
+    )
+    (q_rows, q_stride), (k_rows, k_stride), (v_rows, v_stride) = map(_token_rows, (q, k, v))
     block_r, block_half, num_warps = head_tile(size)
     q_programs = triton.cdiv(batch * tokens * n_heads, block_r)
     k_programs = triton.cdiv(batch * tokens * k_heads, block_r)
     cos, sin, *rope_strides = _rotation(cos, sin)
     _qkv_norm_rope_fwd_kernel[(q_programs + 2 * k_programs,)](
-        q,
-        k,
-        v,
+        q_rows,
+        k_rows,
+        v_rows,
         q_weight,
         k_weight,
         cos,
         sin,
-        *outs,
+        q_out,
+        k_out,
+        v_out,
         batch * tokens,
         tokens,
         q_programs,
@@ -470,7 +476,7 @@ def qkv_norm_rope_fwd(
         BLOCK_HALF=block_half,
         num_warps=num_warps,
     )
-    return tuple(outs)
+    return q_out, k_out, v_out
 
 
 def qkv_norm_rope_bwd(
@@ -507,27 +513,27 @@ def qkv_norm_rope_bwd(
     batch, tokens, n_heads, size = q.shape
     n_tokens, k_heads = batch * tokens, 0 if k is None else k.shape[2]
     block_r, block_half, num_warps = head_tile(size)
-    q_rows, q_programs = share_rows(n_tokens * n_heads * has_q, block_r, needs_dqw)
-    k_rows, k_programs = share_rows(n_tokens * k_heads * has_k, block_r, needs_dkw)
+    q_share, q_programs = share_rows(n_tokens * n_heads * has_q, block_r, needs_dqw)
+    k_share, k_programs = share_rows(n_tokens * k_heads * has_k, block_r, needs_dkw)
     v_programs = triton.cdiv(n_tokens * k_heads * needs_dv, block_r)
     dq, dq_stride = _result("dq", dq, q, needs_dq)
     dk, dk_stride = _result("dk", dk, k, needs_dk)
     dv, dv_stride = _result("dv", dv, v, needs_dv)
-    sums = [
+    dqw_sums, dkw_sums = (
         torch.empty(programs, size, dtype=torch.float32, device=q.device) if needed else None
         for programs, needed in ((q_programs, needs_dqw), (k_programs, needs_dkw))
-    ]
+    )
     incoming = [
         dy if dy is None or dy.stride(3) == 1 else dy.contiguous()
         for dy in (dq_out, dk_out, dv_out)
     ]
-    (q, q_stride), (k, k_stride), (v, v_stride) = map(_token_rows, (q, k, v))
+    (q_rows, q_stride), (k_rows, k_stride), (v_rows, v_stride) = map(_token_rows, (q, k, v))
     cos, sin, *rope_strides = _rotation(cos, sin)
     _qkv_norm_rope_bwd_kernel[(q_programs + k_programs + v_programs,)](
         *incoming,
-        q,
-        k,
-        v,
+        q_rows,
+        k_rows,
+        v_rows,
         q_weight,
         k_weight,
         cos,
@@ -535,13 +541,14 @@ def qkv_norm_rope_bwd(
         dq,
         dk,
         dv,
-        *sums,
+        dqw_sums,
+        dkw_sums,
         n_tokens,
         tokens,
         q_programs,
         k_programs,
-        q_rows,
-        k_rows,
+        q_share,
+        k_share,
         *(s for dy in incoming for s in ((0, 0, 0) if dy is None else dy.stride()[:3])),
         q_stride,
         k_stride,
@@ -566,9 +573,7 @@ def qkv_norm_rope_bwd(
         HAS_DK_WEIGHT=needs_dkw,
         num_warps=num_warps,
     )
-    dq_weight = sums[0].sum(0).to(q_weight.dtype) if needs_dqw else None
-    dk_weight = sums[1].sum(0).to(k_weight.dtype) if needs_dkw else None
-    return dq, dk, dv, dq_weight, dk_weight
+    return dq, dk, dv, weight_grad(dqw_sums, q_weight), weight_grad(dkw_sums, k_weight)
 
 
 class QKVNormRopeFunction(torch.autograd.Function):
@@ -597,15 +602,8 @@ class QKVNormRopeFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        grads = qkv_norm_rope_bwd(
-            dq,
-            dk,
-            dv,
-            *ctx.saved_tensors,
-            ctx.eps,
-            ctx.rotary_pairs,
-            needs=ctx.needs_input_grad[:5],
-        )
+        incoming = (dq, dk, dv, *ctx.saved_tensors, ctx.eps, ctx.rotary_pairs)
+        grads = qkv_norm_rope_bwd(*incoming, needs=ctx.needs_input_grad[:5])
         return *grads, None, None, None, None
 
 
@@ -677,7 +675,7 @@ def _check(
             f"qkv_norm_rope: k, v and k_weight go together, got only {' and '.join(given)}. "
             "Pass all three, or None for each in a layer that shares keys and values."
         )
-    if k is not None:
+    if k is not None and v is not None and k_weight is not None:
         check_weight("qkv_norm_rope", k_weight, k, "k_weight")
         if k.shape != v.shape or k.shape[:2] != q.shape[:2] or k.shape[-1] != size:
             raise ValueError(

@@ -62,6 +62,11 @@ def share_rows(n_rows: int, block_r: int, summed: bool) -> tuple[int, int]:
     return per_program * block_r, -(-tiles // per_program)
 
 
+def weight_grad(sums: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    """The gradient of ``weight`` from the programs' partial sums [programs, D], or None without."""
+    return None if sums is None or weight is None else sums.sum(0).to(weight.dtype)
+
+
 def check_rows(op: str, x: Tensor, name: str = "x") -> None:
     if x.dtype not in FLOATS:
         raise TypeError(
@@ -221,7 +226,7 @@ def rms_norm_bwd(
     block_r, block_d, num_warps = row_tile(width)
     rows_per_program, programs = share_rows(n_rows, block_r, needs_dw)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
-    dw = torch.empty(programs, width, dtype=torch.float32, device=x.device) if needs_dw else None
+    sums = torch.empty(programs, width, dtype=torch.float32, device=x.device) if needs_dw else None
     dy, dy_row_stride = strided_rows(dy)
     x, x_row_stride = strided_rows(x)
     _rms_norm_bwd_kernel[(programs,)](
@@ -230,7 +235,7 @@ def rms_norm_bwd(
         weight,
         rstd,
         dx,
-        dw,
+        sums,
         n_rows,
         rows_per_program,
         dy_row_stride,
@@ -243,7 +248,7 @@ def rms_norm_bwd(
         HAS_DW=needs_dw,
         num_warps=num_warps,
     )
-    return dx, dw.sum(0).to(weight.dtype) if needs_dw else None
+    return dx, weight_grad(sums, weight)
 
 
 class RMSNormFunction(torch.autograd.Function):
