@@ -63,73 +63,119 @@ def attention_ref(
 
 
 @triton.jit
-def _span(lo, full_lo, full_hi, hi, STEP: tl.constexpr):
+def _span(lo, full_lo, full_hi, hi, STEP: tl.constexpr, EDGES: tl.constexpr):
     """Splits [lo, hi) into blocks of STEP: those within [full_lo, full_hi) need no mask, those left and right of it do.
 
-    Returns the first block, the unmasked run [full_begin, full_end), and how many masked blocks lie right and in all.
+    Returns the first block, the unmasked run's begin and length in blocks, and how many masked blocks lie right of it and in
+    all.
     """
     begin = lo // STEP * STEP
-    full_begin = tl.cdiv(full_lo, STEP) * STEP
-    full_end = full_hi // STEP * STEP
-    has_full = full_begin < full_end
-    full_begin = tl.where(has_full, full_begin, begin)
-    full_end = tl.where(has_full, full_end, begin)
+    full_begin = begin
+    full_end = begin
+    if EDGES:
+        full_begin = tl.cdiv(full_lo, STEP) * STEP
+        full_end = full_hi // STEP * STEP
+        has_full = full_begin < full_end
+        full_begin = tl.where(has_full, full_begin, begin)
+        full_end = tl.where(has_full, full_end, begin)
     right = tl.maximum(tl.cdiv(hi - full_end, STEP), 0)
-    return begin, full_begin, full_end, right, right + (full_begin - begin) // STEP
+    return begin, full_begin, (full_end - full_begin) // STEP, right, right + (full_begin - begin) // STEP
 
 
 @triton.jit
-def _masked_block(i, begin, full_end, right, STEP: tl.constexpr):
-    """The i-th masked block: the right edge (where the diagonal is) first, then the left."""
-    return tl.where(i < right, full_end + i * STEP, begin + (i - right) * STEP)
+def _start(i, begin, full_begin, full, right, STEP: tl.constexpr, MASKED: tl.constexpr):
+    """Where the i-th unmasked block starts, or the i-th masked one: right edge (the diagonal's, forward), then the left."""
+    if MASKED:
+        return tl.where(i < right, full_begin + (full + i) * STEP, begin + (i - right) * STEP)
+    else:
+        return full_begin + i * STEP
+
+
+@triton.jit
+def _dot_t(a, b, T, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b.T in float32.
+
+    Triton gives a dot whose result feeds another dot a layout with every warp along the rows. With two warpgroups and 64
+    rows, both then compute the same thing. It does not look through a branch: UNCHAIN hides the chain behind one that is
+    always taken.
+    """
+    if UNCHAIN:
+        c = tl.zeros([a.shape[0], b.shape[0]], tl.float32)
+        if T > 0:
+            c = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    else:
+        c = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def _keys(base, start, row_stride, tile, T, i, blocks, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, GUARD: tl.constexpr):
+    """A tile of K or V, the i-th of ``blocks``: GUARD where a prefetch may run past the last."""
+    ptrs = base + tl.cast(start, tl.int64) * row_stride + tile
+    end = T
+    if GUARD:
+        end = tl.where(i < blocks, T, 0)
+    if MASKED or GUARD:
+        return tl.load(ptrs, mask=(start + tl.arange(0, BLOCK_N) < end)[:, None], other=0.0)
+    else:
+        return tl.load(ptrs)
 
 
 @triton.jit
 def _key_span(
     first_ptr, t, row_ok, first_row, T, window, HAS_SEGMENTS: tl.constexpr,
-    POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr,
+    POSITIONS: tl.constexpr, BLOCK_N: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """First key each row sees, and the span of key blocks its tile visits."""
     lo = tl.maximum(t - window + 1, 0)
     if HAS_SEGMENTS:
         lo = tl.maximum(lo, tl.load(first_ptr + t, mask=t < T, other=0))
-    begin, full_begin, full_end, right, masked = _span(
+    begin, full_begin, full, right, masked = _span(
         tl.min(tl.where(row_ok, lo, T)),
         tl.max(tl.where(row_ok, lo, 0)),
         first_row + 1,
         tl.minimum(first_row + POSITIONS, T),
         BLOCK_N,
+        EDGES,
     )
-    return lo, begin, full_begin, full_end, right, masked
+    return lo, begin, full_begin, full, right, masked
 
 
 @triton.jit
-def _fwd_step(
-    acc, l, m, q, t, lo, k_ptrs, v_ptrs, start, T, scale_log2,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _fwd_loop(
+    acc, l, m, q, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, blocks,
+    begin, full_begin, full, right, T, scale_log2,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys in the online softmax; ``m`` is the row maximum in base-2 units, ``l`` the sum."""
-    s = start + tl.arange(0, BLOCK_N)
-    if MASKED:
-        k = tl.load(k_ptrs, mask=(s < T)[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptrs)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if MASKED:
-        scores = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] <= t[:, None]), scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
-    # a row that has seen nothing yet keeps m = -inf; subtracting that from -inf would be NaN
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    p = tl.math.exp2(scores * scale_log2 - m_safe[:, None])
-    alpha = tl.math.exp2(m - m_safe)
-    l = l * alpha + tl.sum(p, 1)
-    acc = acc * alpha[:, None]
-    if MASKED:
-        v = tl.load(v_ptrs, mask=(s < T)[:, None], other=0.0)
-    else:
-        v = tl.load(v_ptrs)
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
-    return acc, l, m_new
+    """Online softmax over ``blocks`` blocks of keys; ``m`` is the row maximum in base-2 units, ``l`` the sum."""
+    if PREFETCH:
+        start = _start(0, begin, full_begin, full, right, BLOCK_N, MASKED)
+        k = _keys(k_base, start, k_row_stride, k_tile, T, 0, blocks, BLOCK_N, MASKED, True)
+    for i in range(blocks):
+        start = _start(i, begin, full_begin, full, right, BLOCK_N, MASKED)
+        if PREFETCH:
+            v = _keys(v_base, start, v_row_stride, v_tile, T, i, blocks, BLOCK_N, MASKED, False)
+        else:
+            k = _keys(k_base, start, k_row_stride, k_tile, T, i, blocks, BLOCK_N, MASKED, False)
+        scores = _dot_t(q, k, T, UNCHAIN, PRECISION)
+        if PREFETCH:  # into registers, while the rest of this block is computed
+            after = _start(i + 1, begin, full_begin, full, right, BLOCK_N, MASKED)
+            k = _keys(k_base, after, k_row_stride, k_tile, T, i + 1, blocks, BLOCK_N, MASKED, True)
+        if MASKED:
+            s = start + tl.arange(0, BLOCK_N)
+            scores = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] <= t[:, None]), scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1) * scale_log2)
+        # a row that has seen nothing yet keeps m = -inf; subtracting that from -inf would be NaN
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
+        p = tl.math.exp2(scores * scale_log2 - m_safe[:, None])
+        alpha = tl.math.exp2(m - m_safe)
+        l = l * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        if not PREFETCH:
+            v = _keys(v_base, start, v_row_stride, v_tile, T, i, blocks, BLOCK_N, MASKED, False)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+        m = m_new
+    return acc, l, m
 
 
 @triton.jit(do_not_specialize=["T", "window"])
@@ -140,79 +186,82 @@ def _attention_fwd_kernel(
     v_batch_stride, v_head_stride, v_row_stride,
     T, window, scale_log2,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, H: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    EDGES: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
     blocks = tl.cdiv(T, POSITIONS)
     heads = tl.num_programs(0) // blocks  # B * K
     block = blocks - 1 - tl.program_id(0) // heads  # the last rows see the most keys: start them first
     b = (tl.program_id(0) % heads // K).to(tl.int64)
-    kv = tl.program_id(0) % K
+    kv = (tl.program_id(0) % K).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     t = block * POSITIONS + row // GROUP_PAD
     n = kv * GROUP + row % GROUP_PAD
     row_ok = (t < T) & (row % GROUP_PAD < GROUP)
     cols = tl.arange(0, H)
-    q_rows = b * q_batch_stride + t.to(tl.int64) * q_row_stride + n.to(tl.int64) * q_head_stride
+    q_rows = b * q_batch_stride + t.to(tl.int64) * q_row_stride + n * q_head_stride
     q = tl.load(q_ptr + q_rows[:, None] + cols[None, :], mask=row_ok[:, None], other=0.0)
 
-    lo, begin, full_begin, full_end, right, masked = _key_span(
-        first_ptr + b * T, t, row_ok, block * POSITIONS, T, window, HAS_SEGMENTS, POSITIONS, BLOCK_N
+    lo, begin, full_begin, full, right, masked = _key_span(
+        first_ptr + b * T, t, row_ok, block * POSITIONS, T, window, HAS_SEGMENTS, POSITIONS, BLOCK_N, EDGES
     )
-    k_base = k_ptr + b * k_batch_stride + kv.to(tl.int64) * k_head_stride
-    v_base = v_ptr + b * v_batch_stride + kv.to(tl.int64) * v_head_stride
+    k_base = k_ptr + b * k_batch_stride + kv * k_head_stride
+    v_base = v_ptr + b * v_batch_stride + kv * v_head_stride
     k_tile = tl.arange(0, BLOCK_N)[:, None] * k_row_stride + cols[None, :]
     v_tile = tl.arange(0, BLOCK_N)[:, None] * v_row_stride + cols[None, :]
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, H], tl.float32)
-    for i in range(masked):
-        start = _masked_block(i, begin, full_end, right, BLOCK_N)
-        k_ptrs = k_base + tl.cast(start, tl.int64) * k_row_stride + k_tile
-        v_ptrs = v_base + tl.cast(start, tl.int64) * v_row_stride + v_tile
-        acc, l, m = _fwd_step(
-            acc, l, m, q, t, lo, k_ptrs, v_ptrs, start, T, scale_log2, BLOCK_N, True, PRECISION
-        )
-    for start in range(full_begin, full_end, BLOCK_N):
-        k_ptrs = k_base + tl.cast(start, tl.int64) * k_row_stride + k_tile
-        v_ptrs = v_base + tl.cast(start, tl.int64) * v_row_stride + v_tile
-        acc, l, m = _fwd_step(
-            acc, l, m, q, t, lo, k_ptrs, v_ptrs, start, T, scale_log2, BLOCK_N, False, PRECISION
-        )
+    acc, l, m = _fwd_loop(
+        acc, l, m, q, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, masked,
+        begin, full_begin, full, right, T, scale_log2, BLOCK_N, True, PREFETCH, UNCHAIN, PRECISION,
+    )  # fmt: skip
+    if EDGES:
+        acc, l, m = _fwd_loop(
+            acc, l, m, q, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, full,
+            begin, full_begin, full, right, T, scale_log2, BLOCK_N, False, PREFETCH, UNCHAIN, PRECISION,
+        )  # fmt: skip
 
     seen = l > 0
     l = tl.where(seen, l, 1.0)
     acc = acc * (1.0 / l)[:, None]
     out_rows = (b * T + t) * (K * GROUP) + n
     tl.store(
-        o_ptr + out_rows[:, None] * H + cols[None, :],
-        acc.to(o_ptr.dtype.element_ty),
-        mask=row_ok[:, None],
+        o_ptr + out_rows[:, None] * H + cols[None, :], acc.to(o_ptr.dtype.element_ty), mask=row_ok[:, None]
     )
     # +inf for a row that saw nothing: the backward's exp2(score - lse) is then 0, never NaN
     tl.store(lse_ptr + out_rows, tl.where(seen, m + tl.math.log2(l), float("inf")), mask=row_ok)
 
 
 @triton.jit
-def _dq_step(
-    dq, q, do, lse, delta, t, lo, k_ptrs, v_ptrs, start, T, scale_log2,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _dq_loop(
+    dq, q, do, lse, delta, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, blocks,
+    begin, full_begin, full, right, T, scale_log2,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    s = start + tl.arange(0, BLOCK_N)
-    if MASKED:
-        k = tl.load(k_ptrs, mask=(s < T)[:, None], other=0.0)
-        v = tl.load(v_ptrs, mask=(s < T)[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptrs)
-        v = tl.load(v_ptrs)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.math.exp2(scores * scale_log2 - lse[:, None])
-    if MASKED:
-        p = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] <= t[:, None]), p, 0.0)
-    dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-    ds = p * (dp - delta[:, None])
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    if PREFETCH:
+        start = _start(0, begin, full_begin, full, right, BLOCK_N, MASKED)
+        k = _keys(k_base, start, k_row_stride, k_tile, T, 0, blocks, BLOCK_N, MASKED, True)
+    for i in range(blocks):
+        start = _start(i, begin, full_begin, full, right, BLOCK_N, MASKED)
+        if not PREFETCH:
+            k = _keys(k_base, start, k_row_stride, k_tile, T, i, blocks, BLOCK_N, MASKED, False)
+        v = _keys(v_base, start, v_row_stride, v_tile, T, i, blocks, BLOCK_N, MASKED, False)
+        scores = _dot_t(q, k, T, UNCHAIN, PRECISION)
+        p = tl.math.exp2(scores * scale_log2 - lse[:, None])
+        if MASKED:
+            s = start + tl.arange(0, BLOCK_N)
+            p = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] <= t[:, None]), p, 0.0)
+        dp = _dot_t(do, v, T, UNCHAIN, PRECISION)
+        if PREFETCH:  # into registers, while the rest of this block is computed
+            after = _start(i + 1, begin, full_begin, full, right, BLOCK_N, MASKED)
+            k_next = _keys(k_base, after, k_row_stride, k_tile, T, i + 1, blocks, BLOCK_N, MASKED, True)
+        ds = p * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        if PREFETCH:
+            k = k_next
+    return dq
 
 
 @triton.jit(do_not_specialize=["T", "window"])
@@ -225,8 +274,8 @@ def _attention_dq_kernel(
     dq_batch_stride, dq_head_stride, dq_row_stride,
     T, window, scale, scale_log2,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, H: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr, WANT_DQ: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SEGMENTS: tl.constexpr, WANT_DQ: tl.constexpr,
+    EDGES: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ, and delta = rowsum(dO * O) on the way, which the dK/dV launch after this one reads."""
     POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
@@ -234,122 +283,140 @@ def _attention_dq_kernel(
     heads = tl.num_programs(0) // blocks
     block = blocks - 1 - tl.program_id(0) // heads
     b = (tl.program_id(0) % heads // K).to(tl.int64)
-    kv = tl.program_id(0) % K
+    kv = (tl.program_id(0) % K).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     t = block * POSITIONS + row // GROUP_PAD
     n = kv * GROUP + row % GROUP_PAD
     row_ok = (t < T) & (row % GROUP_PAD < GROUP)
     cols = tl.arange(0, H)
     out_rows = (b * T + t) * (K * GROUP) + n
-    do_rows = b * do_batch_stride + t.to(tl.int64) * do_row_stride + n.to(tl.int64) * do_head_stride
+    do_rows = b * do_batch_stride + t.to(tl.int64) * do_row_stride + n * do_head_stride
     do = tl.load(do_ptr + do_rows[:, None] + cols[None, :], mask=row_ok[:, None], other=0.0)
     o = tl.load(o_ptr + out_rows[:, None] * H + cols[None, :], mask=row_ok[:, None], other=0.0)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta_ptr + out_rows, delta, mask=row_ok)
     if WANT_DQ:
         lse = tl.load(lse_ptr + out_rows, mask=row_ok, other=float("inf"))
-        q_rows = b * q_batch_stride + t.to(tl.int64) * q_row_stride + n.to(tl.int64) * q_head_stride
+        q_rows = b * q_batch_stride + t.to(tl.int64) * q_row_stride + n * q_head_stride
         q = tl.load(q_ptr + q_rows[:, None] + cols[None, :], mask=row_ok[:, None], other=0.0)
-        lo, begin, full_begin, full_end, right, masked = _key_span(
-            first_ptr + b * T, t, row_ok, block * POSITIONS, T, window, HAS_SEGMENTS, POSITIONS, BLOCK_N
+        lo, begin, full_begin, full, right, masked = _key_span(
+            first_ptr + b * T, t, row_ok, block * POSITIONS, T, window, HAS_SEGMENTS, POSITIONS, BLOCK_N, EDGES
         )
-        k_base = k_ptr + b * k_batch_stride + kv.to(tl.int64) * k_head_stride
-        v_base = v_ptr + b * v_batch_stride + kv.to(tl.int64) * v_head_stride
+        k_base = k_ptr + b * k_batch_stride + kv * k_head_stride
+        v_base = v_ptr + b * v_batch_stride + kv * v_head_stride
         k_tile = tl.arange(0, BLOCK_N)[:, None] * k_row_stride + cols[None, :]
         v_tile = tl.arange(0, BLOCK_N)[:, None] * v_row_stride + cols[None, :]
         dq = tl.zeros([BLOCK_M, H], tl.float32)
-        for i in range(masked):
-            start = _masked_block(i, begin, full_end, right, BLOCK_N)
-            k_ptrs = k_base + tl.cast(start, tl.int64) * k_row_stride + k_tile
-            v_ptrs = v_base + tl.cast(start, tl.int64) * v_row_stride + v_tile
-            dq = _dq_step(
-                dq, q, do, lse, delta, t, lo, k_ptrs, v_ptrs, start, T, scale_log2, BLOCK_N, True, PRECISION
-            )
-        for start in range(full_begin, full_end, BLOCK_N):
-            k_ptrs = k_base + tl.cast(start, tl.int64) * k_row_stride + k_tile
-            v_ptrs = v_base + tl.cast(start, tl.int64) * v_row_stride + v_tile
-            dq = _dq_step(
-                dq, q, do, lse, delta, t, lo, k_ptrs, v_ptrs, start, T, scale_log2, BLOCK_N, False, PRECISION
-            )
-        dq_rows = b * dq_batch_stride + t.to(tl.int64) * dq_row_stride + n.to(tl.int64) * dq_head_stride
+        dq = _dq_loop(
+            dq, q, do, lse, delta, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, masked,
+            begin, full_begin, full, right, T, scale_log2, BLOCK_N, True, PREFETCH, UNCHAIN, PRECISION,
+        )  # fmt: skip
+        if EDGES:
+            dq = _dq_loop(
+                dq, q, do, lse, delta, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, full,
+                begin, full_begin, full, right, T, scale_log2, BLOCK_N, False, PREFETCH, UNCHAIN, PRECISION,
+            )  # fmt: skip
+        dq_rows = b * dq_batch_stride + t.to(tl.int64) * dq_row_stride + n * dq_head_stride
         tl.store(
-            dq_ptr + dq_rows[:, None] + cols[None, :],
-            (dq * scale).to(dq_ptr.dtype.element_ty),
-            mask=row_ok[:, None],
+            dq_ptr + dq_rows[:, None] + cols[None, :], (dq * scale).to(dq_ptr.dtype.element_ty), mask=row_ok[:, None]
         )
 
 
 @triton.jit
-def _dkv_step(
-    dk, dv, k, v, s, hi, start, q_base, do_base, lse_base, delta_base, q_row_stride, do_row_stride, stat_row_stride,
-    q_tile, do_tile, T, scale_log2,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _rows(
+    base, start, row_stride, tile, T, i, blocks, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    MASKED: tl.constexpr, GUARD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of query rows into the block's dK and dV. Scores are transposed, [keys, rows]: both products then take
-    them as the left operand, straight from registers."""
-    row = tl.arange(0, BLOCK_M)
-    t = start + row // GROUP_PAD
-    q_ptrs = q_base + tl.cast(start, tl.int64) * q_row_stride + q_tile
-    do_ptrs = do_base + tl.cast(start, tl.int64) * do_row_stride + do_tile
-    stats = tl.cast(start, tl.int64) * stat_row_stride + row // GROUP_PAD * stat_row_stride + row % GROUP_PAD
-    if MASKED or GROUP != GROUP_PAD:
-        row_ok = (t < T) & (row % GROUP_PAD < GROUP)
-        q = tl.load(q_ptrs, mask=row_ok[:, None], other=0.0)
-        do = tl.load(do_ptrs, mask=row_ok[:, None], other=0.0)
-        lse = tl.load(lse_base + stats, mask=row_ok, other=float("inf"))
+    """A tile of Q or dO: BLOCK_M // GROUP_PAD positions from ``start``, each with its group's heads."""
+    ptrs = base + tl.cast(start, tl.int64) * row_stride + tile
+    end = T
+    if GUARD:
+        end = tl.where(i < blocks, T, 0)
+    if MASKED or GUARD or GROUP != GROUP_PAD:
+        row = tl.arange(0, BLOCK_M)
+        row_ok = (start + row // GROUP_PAD < end) & (row % GROUP_PAD < GROUP)
+        return tl.load(ptrs, mask=row_ok[:, None], other=0.0)
     else:
-        q = tl.load(q_ptrs)
-        do = tl.load(do_ptrs)
-        lse = tl.load(lse_base + stats)
-    scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-    p = tl.math.exp2(scores * scale_log2 - lse[None, :])
-    if MASKED:
-        p = tl.where((t[None, :] >= s[:, None]) & (t[None, :] <= hi[:, None]), p, 0.0)
-    if WANT_DV:
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-    if WANT_DK:
-        if MASKED or GROUP != GROUP_PAD:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def _dkv_loop(
+    dk, dv, k, v, s, hi, q_base, do_base, lse_base, delta_base, q_row_stride, do_row_stride, stat_row_stride,
+    q_tile, do_tile, blocks, begin, full_begin, full, right, T, scale_log2,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, MASKED: tl.constexpr,
+    PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``blocks`` tiles of query rows into a block's dK and dV. Scores are transposed, [keys, rows]: both products then take
+    them as the left operand."""
+    POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
+    row = tl.arange(0, BLOCK_M)
+    if PREFETCH:
+        start = _start(0, begin, full_begin, full, right, POSITIONS, MASKED)
+        q = _rows(q_base, start, q_row_stride, q_tile, T, 0, blocks, BLOCK_M, GROUP, GROUP_PAD, MASKED, True)
+    for i in tl.range(0, blocks, num_stages=STAGES):
+        start = _start(i, begin, full_begin, full, right, POSITIONS, MASKED)
+        if not PREFETCH:
+            q = _rows(q_base, start, q_row_stride, q_tile, T, i, blocks, BLOCK_M, GROUP, GROUP_PAD, MASKED, False)
+        do = _rows(do_base, start, do_row_stride, do_tile, T, i, blocks, BLOCK_M, GROUP, GROUP_PAD, MASKED, False)
+        t = start + row // GROUP_PAD
+        row_ok = (t < T) & (row % GROUP_PAD < GROUP)
+        stats = tl.cast(start, tl.int64) * stat_row_stride + row // GROUP_PAD * stat_row_stride + row % GROUP_PAD
+        # base-2 log-sum-exp; +inf makes p zero, so rows beyond the end need no other care
+        lse = tl.load(lse_base + stats, mask=row_ok, other=float("inf"))
+        if WANT_DK:
             delta = tl.load(delta_base + stats, mask=row_ok, other=0.0)
-        else:
-            delta = tl.load(delta_base + stats)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        scores = _dot_t(k, q, T, UNCHAIN, PRECISION)
+        p = tl.math.exp2(scores * scale_log2 - lse[None, :])
+        if MASKED:
+            p = tl.where((t[None, :] >= s[:, None]) & (t[None, :] <= hi[:, None]), p, 0.0)
+        if WANT_DV:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        if WANT_DK:
+            dp = _dot_t(v, do, T, UNCHAIN, PRECISION)
+        if PREFETCH:  # into registers, while the rest of this tile is computed
+            after = _start(i + 1, begin, full_begin, full, right, POSITIONS, MASKED)
+            q_next = _rows(
+                q_base, after, q_row_stride, q_tile, T, i + 1, blocks, BLOCK_M, GROUP, GROUP_PAD, MASKED, True
+            )
+        if WANT_DK:
+            ds = p * (dp - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if PREFETCH:
+            q = q_next
     return dk, dv
 
 
 @triton.jit
 def _dkv_block(
     q_base, k_ptrs, v_ptrs, do_base, lse_base, delta_base, dk_ptrs, dv_ptrs, s, hi,
-    begin, full_begin, full_end, right, masked,
+    begin, full_begin, full, right, masked,
     q_row_stride, q_tile, do_row_stride, do_tile, stat_row_stride, T, scale, scale_log2,
-    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, H: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EDGES: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK, dV or both of one block of keys, over every row that sees it."""
-    POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
     k = tl.load(k_ptrs, mask=(s < T)[:, None], other=0.0)
+    v = k
+    dk = 0.0
+    dv = 0.0
     if WANT_DK:
         v = tl.load(v_ptrs, mask=(s < T)[:, None], other=0.0)
         dk = tl.zeros([BLOCK_N, H], tl.float32)
-    else:  # neither is used
-        v = k
-        dk = 0.0
-    dv = tl.zeros([BLOCK_N, H], tl.float32) if WANT_DV else 0.0
-    for i in range(masked):
-        start = _masked_block(i, begin, full_end, right, POSITIONS)
-        dk, dv = _dkv_step(
-            dk, dv, k, v, s, hi, start, q_base, do_base, lse_base, delta_base,
-            q_row_stride, do_row_stride, stat_row_stride, q_tile, do_tile, T, scale_log2,
-            GROUP, GROUP_PAD, BLOCK_M, WANT_DK, WANT_DV, True, PRECISION,
-        )  # fmt: skip
-    for start in range(full_begin, full_end, POSITIONS):
-        dk, dv = _dkv_step(
-            dk, dv, k, v, s, hi, start, q_base, do_base, lse_base, delta_base,
-            q_row_stride, do_row_stride, stat_row_stride, q_tile, do_tile, T, scale_log2,
-            GROUP, GROUP_PAD, BLOCK_M, WANT_DK, WANT_DV, False, PRECISION,
+    if WANT_DV:
+        dv = tl.zeros([BLOCK_N, H], tl.float32)
+    dk, dv = _dkv_loop(
+        dk, dv, k, v, s, hi, q_base, do_base, lse_base, delta_base, q_row_stride, do_row_stride, stat_row_stride,
+        q_tile, do_tile, masked, begin, full_begin, full, right, T, scale_log2,
+        GROUP, GROUP_PAD, BLOCK_M, WANT_DK, WANT_DV, True, PREFETCH, UNCHAIN, STAGES, PRECISION,
+    )  # fmt: skip
+    if EDGES:
+        dk, dv = _dkv_loop(
+            dk, dv, k, v, s, hi, q_base, do_base, lse_base, delta_base, q_row_stride, do_row_stride, stat_row_stride,
+            q_tile, do_tile, full, begin, full_begin, full, right, T, scale_log2,
+            GROUP, GROUP_PAD, BLOCK_M, WANT_DK, WANT_DV, False, PREFETCH, UNCHAIN, STAGES, PRECISION,
         )  # fmt: skip
     if WANT_DK:
         tl.store(dk_ptrs, (dk * scale).to(dk_ptrs.dtype.element_ty), mask=(s < T)[:, None])
@@ -369,7 +436,9 @@ def _attention_dkv_kernel(
     T, window, scale, scale_log2,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, SPLIT: tl.constexpr,
+    STAGES: tl.constexpr, DV_STAGES: tl.constexpr, DV_UNCHAIN: tl.constexpr,
+    EDGES: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
     pid = tl.program_id(0)
@@ -385,12 +454,13 @@ def _attention_dkv_kernel(
     hi = tl.minimum(s + window, T) - 1
     if HAS_SEGMENTS:
         hi = tl.minimum(hi, tl.load(last_ptr + b * T + s, mask=s < T, other=-1))
-    begin, full_begin, full_end, right, masked = _span(
+    begin, full_begin, full, right, masked = _span(
         block * BLOCK_N,
         tl.minimum((block + 1) * BLOCK_N, T) - 1,
         tl.min(tl.where(s < T, hi, T)) + 1,
         tl.max(tl.where(s < T, hi, -1)) + 1,
         POSITIONS,
+        EDGES,
     )
     row = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, H)
@@ -411,23 +481,23 @@ def _attention_dkv_kernel(
         if role == 0:
             _dkv_block(
                 q_base, k_ptrs, v_ptrs, do_base, lse_base, delta_base, dk_ptrs, dv_ptrs, s, hi,
-                begin, full_begin, full_end, right, masked,
+                begin, full_begin, full, right, masked,
                 q_row_stride, q_tile, do_row_stride, do_tile, stat_row_stride, T, scale, scale_log2,
-                GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, True, False, PRECISION,
+                GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, True, False, EDGES, PREFETCH, UNCHAIN, STAGES, PRECISION,
             )  # fmt: skip
         else:
             _dkv_block(
                 q_base, k_ptrs, v_ptrs, do_base, lse_base, delta_base, dk_ptrs, dv_ptrs, s, hi,
-                begin, full_begin, full_end, right, masked,
+                begin, full_begin, full, right, masked,
                 q_row_stride, q_tile, do_row_stride, do_tile, stat_row_stride, T, scale, scale_log2,
-                GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, False, True, PRECISION,
+                GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, False, True, EDGES, False, DV_UNCHAIN, DV_STAGES, PRECISION,
             )  # fmt: skip
     else:
         _dkv_block(
             q_base, k_ptrs, v_ptrs, do_base, lse_base, delta_base, dk_ptrs, dv_ptrs, s, hi,
-            begin, full_begin, full_end, right, masked,
+            begin, full_begin, full, right, masked,
             q_row_stride, q_tile, do_row_stride, do_tile, stat_row_stride, T, scale, scale_log2,
-            GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, WANT_DK, WANT_DV, PRECISION,
+            GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, WANT_DK, WANT_DV, EDGES, PREFETCH, UNCHAIN, STAGES, PRECISION,
         )  # fmt: skip
 
 
@@ -441,7 +511,12 @@ class Tile(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
+    edges: bool = True
+    prefetch: bool = False
+    unchain: bool = False
     split: bool = False
+    dv_stages: int = 1
+    dv_unchain: bool = False
 
 
 class Tiles(NamedTuple):
@@ -457,14 +532,14 @@ def tiles(capability: int, head_size: int, itemsize: int) -> Tiles:
     if itemsize == 4:
         return Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
     if head_size == 512:
-        return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1, True))
+        return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1, split=True))
     return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 8, 1))
 
 
 @functools.lru_cache(maxsize=None)
 def _tiles_on(device: torch.device, head_size: int, itemsize: int) -> Tiles:
     if device.type != "cuda":  # the interpreter: small tiles, so that small tests cross block borders
-        return Tiles(*[Tile(32, 16, 4, 1, head_size >= 64)] * 3)
+        return Tiles(*[Tile(32, 16, 4, 1, *[head_size >= 32] * 4)] * 3)
     major, minor = torch.cuda.get_device_capability(device)
     return tiles(10 * major + minor, head_size, itemsize)
 
@@ -501,6 +576,7 @@ def attention_fwd(
         tokens, window, scale * LOG2E,
         K=kv_heads, GROUP=group, GROUP_PAD=pad, H=size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         HAS_SEGMENTS=segments is not None, PRECISION=_precision(q),
+        EDGES=tile.edges, PREFETCH=tile.prefetch, UNCHAIN=tile.unchain,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out, lse
@@ -533,7 +609,8 @@ def attention_bwd(
             q, k, v, out, dout, lse, delta, target, lse if segments is None else segments.first,
             *strides, *target.stride()[:3], tokens, window, scale, scale * LOG2E,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WANT_DQ=needs[0],
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+            EDGES=tile.edges, PREFETCH=tile.prefetch, UNCHAIN=tile.unchain,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
         )  # fmt: skip
     if needs[1] or needs[2]:
         split = dkv.split and needs[1] and needs[2]
@@ -543,7 +620,9 @@ def attention_bwd(
             q, k, v, dout, lse, delta, target_k, target_v, lse if segments is None else segments.last,
             *strides, *target_k.stride()[:3], *target_v.stride()[:3], tokens, window, scale, scale * LOG2E,
             BLOCK_M=dkv.block_m, BLOCK_N=dkv.block_n, WANT_DK=needs[1], WANT_DV=needs[2], SPLIT=split,
-            num_warps=dkv.num_warps, num_stages=dkv.num_stages, **shared,
+            EDGES=dkv.edges, STAGES=dkv.num_stages, DV_STAGES=dkv.dv_stages, DV_UNCHAIN=dkv.dv_unchain,
+         PREFETCH=dkv.prefetch, UNCHAIN=dkv.unchain,
+        num_warps=dkv.num_warps, num_stages=dkv.num_stages, **shared,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -594,11 +673,46 @@ def attention(
     _check(q, k, v, scale, window, segments)
     if not use_kernel(q):
         return attention_ref(q, k, v, scale=scale, window=window, segments=segments)
+    if why := supported(q, k):
+        raise ValueError(f"attention: {why}. Use torch's scaled_dot_product_attention for these tensors.")
+    if q.numel() == 0:
+        return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], q.shape[3])
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if segments is not None:
+        segments = Segments(*(x.contiguous() for x in segments))
     return AttentionFunction.apply(q, k, v, scale, q.shape[2] if window is None else window, segments)
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, segments: Segments | None
 ) -> None:
-    pass
+    if q.dim() != 4:
+        raise ValueError(f"attention: q must have shape [B, N, T, H], got {tuple(q.shape)}.")
+    batch, heads, tokens, size = q.shape
+    for name, x in (("k", k), ("v", v)):
+        if x.dim() != 4 or x.shape[0] != batch or x.shape[2:] != q.shape[2:] or x.shape != k.shape:
+            raise ValueError(
+                f"attention: {name} must have shape [B, K, T, H] = [{batch}, K, {tokens}, {size}], got {tuple(x.shape)}. "
+                "Keys and values are not repeated, and a cache (more keys than queries) is stock's business."
+            )
+        if x.dtype != q.dtype or x.device != q.device:
+            raise TypeError(
+                f"attention: {name} must be {q.dtype} on {q.device} like q, got {x.dtype} on {x.device}. Cast it first."
+            )
+    if heads % k.shape[1]:
+        raise ValueError(
+            f"attention: q's heads must be a multiple of k's, got {heads} and {k.shape[1]}. Pass k and v unrepeated."
+        )
+    if not scale > 0:
+        raise ValueError(f"attention: scale must be positive, got {scale}. Fold a sign into q.")
+    if window is not None and window < 1:
+        raise ValueError(
+            f"attention: window must be at least 1 (it counts the query itself), got {window}. None means no window."
+        )
+    for name, x in zip(Segments._fields, segments or (), strict=False):
+        if x.shape != (batch, tokens) or x.dtype != torch.int32 or x.device != q.device:
+            raise ValueError(
+                f"attention: segments.{name} must be int32 [B, T] = [{batch}, {tokens}] on {q.device}, "
+                f"got {x.dtype} {list(x.shape)} on {x.device}. Build it with segments_from_position_ids or "
+                "segments_from_attention_mask."
+            )
