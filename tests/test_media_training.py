@@ -1,0 +1,150 @@
+"""Stock TRL on tiny models with towers: the same losses and adapters, stock and applied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from trl import SFTConfig, SFTTrainer
+
+import gemma_accel
+from gemma_accel.collators import DataCollatorForMultimodalLanguageModeling
+from tests import media
+from tests.media import chat, picture, sound
+from tests.test_callback import _quiet, _trl_on_the_cpu  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.usefixtures("references", "_quiet", "_trl_on_the_cpu")
+
+IMAGES = [
+    {"messages": chat("What is it?", "A disc.", images=1), "images": [picture()]},
+    {"messages": chat("Compare.", "Alike.", images=2),
+     "images": [picture(60, 60, seed=1), picture(seed=2)]},
+    {"messages": chat("No picture?", "None."), "images": []},
+    {"messages": chat("And this?", "A line.", images=1), "images": [picture(40, 90, seed=3)]},
+]  # fmt: skip
+SOUNDS = [
+    {"messages": chat("What is it?", "A tone.", sounds=1), "audio": [sound(0.4).tolist()]},
+    {"messages": chat("No sound?", "None."), "audio": None},
+    {"messages": chat("Two?", "Two.", sounds=2),
+     "audio": [sound(0.3).tolist(), sound(0.7, pitch=300).tolist()]},
+    {"messages": chat("Again?", "A tone.", sounds=1), "audio": [sound(0.5, pitch=150).tolist()]},
+]  # fmt: skip
+BOTH = [
+    {**IMAGES[0], "audio": None},
+    {"messages": chat("Both?", "Both.", images=1, sounds=1), "images": [picture(seed=4)],
+     "audio": [sound(0.5).tolist()]},
+    {**SOUNDS[0], "images": []},
+    {"messages": chat("Neither?", "Neither."), "images": [], "audio": None},
+]  # fmt: skip
+DATA = {"images": IMAGES, "sounds": SOUNDS, "both": BOTH}
+
+# what ["q_proj", "down_proj", "ffw_layer_1"] means once it is spelled out; stock PEFT needs it so
+SPELLED_OUT = (
+    r".*language_model\..*\.(q_proj|down_proj)|.*_tower\..*\.(q_proj|down_proj|ffw_layer_1)\.linear"
+)
+NAMES = ["q_proj", "down_proj", "ffw_layer_1"]
+
+
+def trainer(kind, tmp_path, *, applied, targets, model=None, **options):
+    model = model or media.model()
+    report = gemma_accel.apply(model) if applied else None
+    collator = None
+    if kind != "images":
+        collator = DataCollatorForMultimodalLanguageModeling(media.processor(), max_length=1024)
+    torch.manual_seed(0)
+    made = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            max_steps=3,
+            learning_rate=3e-3,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            remove_unused_columns=kind == "images",
+            dataset_kwargs={"skip_prepare_dataset": True},
+            disable_tqdm=True,
+            **options,
+        ),
+        data_collator=collator,
+        train_dataset=Dataset.from_list(DATA[kind]),
+        processing_class=media.processor(),
+        peft_config=LoraConfig(r=2, target_modules=targets) if targets else None,
+    )
+    return made, report
+
+
+def trained(made) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in made.model.named_parameters() if p.requires_grad}
+
+
+def losses(made) -> list[float]:
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_stock_and_applied_end_in_the_same_place(kind, tmp_path):
+    results = []
+    for applied in (False, True):
+        made, _ = trainer(
+            kind, tmp_path, applied=applied, targets=NAMES if applied else SPELLED_OUT
+        )
+        made.train()
+        results.append((losses(made), trained(made)))
+    (expected, expected_weights), (got, weights) = results
+    assert len(got) == 3 and got == pytest.approx(expected, rel=1e-4)
+    assert weights.keys() == expected_weights.keys()
+    for tower, used in (("vision_tower", kind != "sounds"), ("audio_tower", kind != "images")):
+        moved = [n for n, w in weights.items() if tower in n and "lora_B" in n and w.any()]
+        assert bool(moved) == used, tower
+    for name, expected_weight in expected_weights.items():
+        torch.testing.assert_close(weights[name], expected_weight, rtol=1e-2, atol=1e-4)
+
+
+def test_full_fine_tuning_with_images(tmp_path):
+    results = []
+    for applied in (False, True):
+        made, _ = trainer("images", tmp_path, applied=applied, targets=None)
+        made.train()
+        results.append(losses(made))
+    assert results[1] == pytest.approx(results[0], rel=1e-3)
+
+
+def test_a_frozen_tower_stays_out_of_autograd(tmp_path):
+    """Adapters in the language model alone: nothing of a tower is kept for backward."""
+    made, _ = trainer("both", tmp_path, applied=True, targets=r".*language_model.*\.q_proj")
+    outputs = []
+    base = made.model.get_base_model().model
+    for tower in (base.vision_tower, base.audio_tower):
+        tower.register_forward_hook(lambda *args: outputs.append(args[2].last_hidden_state))
+    made.train()
+    assert len(outputs) >= 4 and not any(out.requires_grad for out in outputs)
+
+
+def test_adapters_go_back_to_stock(tmp_path):
+    made, report = trainer("both", tmp_path, applied=True, targets=NAMES)
+    made.train()
+    inputs = media.inputs(images=1, sounds=1)
+    made.model.save_pretrained(tmp_path)
+    expected = made.model.eval()(**inputs).logits
+    report.restore()
+    stock = PeftModel.from_pretrained(media.model().eval(), tmp_path)
+    torch.testing.assert_close(stock(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_text_only_run_leaves_the_towers_alone(tmp_path):
+    data = Dataset.from_list([{"messages": row["messages"]} for row in IMAGES[2:3] * 2])
+    model = media.model()
+    report = gemma_accel.apply(model)
+    SFTTrainer(
+        model=model,
+        args=SFTConfig(str(tmp_path), report_to="none", use_cpu=True, bf16=False, max_steps=1),
+        train_dataset=data,
+        processing_class=media.processor(),
+        peft_config=LoraConfig(r=2),
+    )
+    assert "vision_tower" in report.notes["towers"] and "parked" in report.notes["towers"]
