@@ -43,7 +43,7 @@ def attention_ref(
     window: int | None = None,
     segments: Segments | None = None,
 ) -> Tensor:
-    """The specification, with the mask written out. Softmax in float32, as stock's eager attention has it."""
+    """The specification, with the mask written out. Scores and softmax in float32, as the kernels have them."""
     group, tokens = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     t = torch.arange(tokens, device=q.device)
@@ -51,12 +51,13 @@ def attention_ref(
     if window is not None:
         first = torch.maximum(first, t - window + 1)
     sees = (first[:, :, None] <= t) & (t <= t[:, None])  # [B or 1, T queries, T keys]
-    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~sees[:, None], -math.inf)
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(accumulate) @ k.to(accumulate).transpose(2, 3) * scale
+    scores = scores.masked_fill(~sees[:, None], -math.inf)
     # a query that sees nothing has a row of -inf: its softmax is NaN, its output (and every gradient) zero
     blind = ~sees.any(-1)[:, None, :, None]
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    p = scores.masked_fill(blind, 0.0).softmax(-1, dtype=accumulate).masked_fill(blind, 0.0)
-    return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
+    p = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    return (p @ v.to(accumulate)).to(v.dtype).transpose(1, 2).contiguous()
 
 
 # ---------------------------------------------------------------------------------------------------------------- kernels
@@ -528,16 +529,29 @@ class Tiles(NamedTuple):
 HEAD_SIZES = (16, 32, 64, 128, 256, 512)
 
 
-def tiles(capability: int, head_size: int, itemsize: int) -> Tiles:
+def tiles(capability: int, head_size: int, itemsize: int) -> Tiles | None:
     if itemsize == 4:
-        return Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+        return None if head_size > 256 else Tiles(*[Tile(16, 16, 4, 1)] * 3)
+    if capability // 10 == 9:
+        if head_size == 512:
+            return Tiles(
+                Tile(64, 32, 8, 2, edges=False, unchain=True),
+                Tile(64, 32, 8, 1, edges=False, prefetch=True, unchain=True),
+                Tile(32, 64, 8, 1, edges=False, unchain=True, split=True, dv_unchain=True),
+            )
+        if head_size == 256:
+            return Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2, split=True, dv_stages=2))
     if head_size == 512:
-        return Tiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 64, 8, 1, split=True))
-    return Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 8, 1))
+        return Tiles(
+            Tile(32, 32, 8, 2, edges=False), Tile(32, 16, 4, 2, edges=False), Tile(16, 16, 4, 2, edges=False)
+        )
+    if head_size == 256:
+        return Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2, edges=False))
+    return Tiles(*[Tile(32, 32, 4, 2, edges=False)] * 3)
 
 
 @functools.lru_cache(maxsize=None)
-def _tiles_on(device: torch.device, head_size: int, itemsize: int) -> Tiles:
+def _tiles_on(device: torch.device, head_size: int, itemsize: int) -> Tiles | None:
     if device.type != "cuda":  # the interpreter: small tiles, so that small tests cross block borders
         return Tiles(*[Tile(32, 16, 4, 1, *[head_size >= 32] * 4)] * 3)
     major, minor = torch.cuda.get_device_capability(device)
@@ -552,6 +566,8 @@ def supported(q: Tensor, k: Tensor) -> str | None:
         return f"{q.shape[1] // k.shape[1]} query heads share a key/value head; the kernels cover {MAX_GROUP}"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype is {q.dtype}; the kernels cover float32, bfloat16 and float16"
+    if _tiles_on(q.device, q.shape[-1], q.element_size()) is None:
+        return f"no configuration for head_dim {q.shape[-1]} in {q.dtype} on this card"
     return None
 
 
