@@ -9,6 +9,7 @@ their weights being random, nothing about quality.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shlex
@@ -320,7 +321,9 @@ def _outline(config: Gemma4Config) -> tuple[Any, dict[str, tuple[nn.Module, Any]
 def _made(model: Any, tensors: dict[str, tuple[nn.Module, Any]]) -> Iterator[Any]:
     """Each saved tensor in turn, initialised as the model would; its module then gives it up."""
     import torch
+    from transformers import PreTrainedModel
 
+    models = {path: m for path, m in model.named_modules() if isinstance(m, PreTrainedModel)}
     current = None
     for name, (module, _) in tensors.items():
         if module is not current:
@@ -331,7 +334,8 @@ def _made(model: Any, tensors: dict[str, tuple[nn.Module, Any]]) -> Iterator[Any
                 for own in (*module._parameters.values(), *module._buffers.values()):
                     if own is not None:
                         own.zero_()
-                model._init_weights(module)
+                owner = max((p for p in models if f"{name}.".startswith(p)), key=len)
+                models[owner]._init_weights(module)  # a tower has a config of its own
         yield getattr(module, name.rpartition(".")[2]).detach()
 
 
@@ -372,6 +376,15 @@ def _need_a_gpu(console: Console, size: str) -> None:
         )
 
 
+def _need_trl(gpu: bool) -> None:
+    trl = importlib.metadata.version("trl")
+    if not gpu and tuple(map(int, trl.split(".")[:2])) < (1, 16):
+        raise DemoError(
+            f"TRL {trl} computes its loss on a GPU only, and there is none here. Update it: "
+            "pip install --upgrade trl"
+        )
+
+
 def _claim(directory: Path) -> None:
     """Take a new directory, an empty one, or an earlier demo's."""
     taken = directory.exists() and not (directory / _MARK).exists()
@@ -389,6 +402,7 @@ def _tiny(console: Console, directory: Path, steps: int) -> None:
         import torch
         from transformers import AutoTokenizer, Gemma4ForConditionalGeneration  # noqa: F401
 
+        _need_trl(torch.cuda.is_available())
         torch.set_num_threads(1)
         _hush()
     rows = write_dataset(data, "tiny")

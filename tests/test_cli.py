@@ -1,0 +1,230 @@
+"""The command line in real processes, and what the demo writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Gemma4Config, Gemma4ForConditionalGeneration
+
+from gemma_accel import demo
+from tests.test_run import EXAMPLE, ROOT, TRAINS, needs_training, python
+
+CONFIGS = ROOT / "benchmarks" / "configs"
+
+
+def gemma_accel(*arguments, cwd, **variables):
+    return python("-m", "gemma_accel", *arguments, cwd=cwd, **variables)
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+def test_help_names_every_command_and_is_quick(tmp_path):
+    def ask():
+        start = time.perf_counter()
+        done = gemma_accel("--help", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for command in ("demo", "run", "plan", "verify", "info"):
+            assert f" {command} " in done.stdout
+        return time.perf_counter() - start
+
+    # the fastest of three, so that a busy machine does not fail it
+    assert min(ask() for _ in range(3)) < 1.0
+
+
+def test_the_command_line_imports_nothing_heavy(tmp_path):
+    code = (
+        "import sys, gemma_accel.cli; print({'torch', 'transformers', 'pluggy'} & set(sys.modules))"
+    )
+    assert python("-c", code, cwd=tmp_path).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "run", "plan", "verify", "info"])
+def test_every_command_explains_itself(monkeypatch, capsys, command):
+    from gemma_accel import cli
+
+    monkeypatch.setattr(sys, "argv", ["gemma-accel", command, "--help"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 0
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+def test_run_touches_no_argument(tmp_path):
+    (tmp_path / "program.py").write_text("import sys; print(sys.argv[1:])")
+    arguments = ["--help", "-h", "--", "--json", "run", "--unknown=1", "-m"]
+    done = gemma_accel("run", "program.py", *arguments, cwd=tmp_path, GEMMA_ACCEL_DISABLE="1")
+    assert done.stdout == f"{arguments}\n"
+
+
+def test_info_tells_versions_and_patches(tmp_path):
+    done = gemma_accel("info", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    facts = json.loads(done.stdout)
+    assert facts["torch"] == torch.__version__
+    assert facts["GPU"].startswith("none") != torch.cuda.is_available()
+    applied = {record["patch"] for record in facts["patches"]["applied"]}
+    assert applied >= {"rms_norm", "geglu", "decoder_layer", "per_layer_embeddings"}
+
+
+def test_info_prints_a_table(monkeypatch, capsys, references):
+    from gemma_accel import cli
+
+    monkeypatch.setattr(sys, "argv", ["gemma-accel", "info"])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert not exit.value.code
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and "per_layer_embeddings" in text and "applied" in text
+
+
+# -- the demo -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_training
+def test_the_demo_learns_its_text(tmp_path):
+    done = gemma_accel("demo", cwd=tmp_path)
+    print(done.stdout, done.stderr)  # for a failure's report
+    assert done.returncode == 0
+    directory = tmp_path / "gemma-accel-demo"
+    assert {path.name for path in tmp_path.iterdir()} == {directory.name}
+    report, history = demo._results(directory / "output")
+    assert {record.patch for record in report.applied} >= {"rms_norm", "per_layer_embeddings"}
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0] / 2
+    _, _, end = done.stdout.partition("is continued, greedily")
+    _, _, after = end.partition("after training:")
+    topic = demo._documentation()["break"].splitlines()
+    assert topic[0].endswith(demo._PROMPT)
+    for line in topic[1:6]:  # learnt by heart
+        assert line in after
+    assert "\r" not in done.stdout  # no bar's states where nobody draws over them
+    assert (directory / "train.log").stat().st_size > 0
+
+
+@pytest.mark.skipif(TRAINS, reason="needs a TRL that computes its loss on a GPU only, and no GPU")
+def test_a_demo_that_this_trl_cannot_train_is_refused(monkeypatch, capsys, tmp_path):
+    text = refusal(monkeypatch, capsys, "--directory", str(tmp_path / "new"))
+    assert "pip install --upgrade trl" in text
+
+
+def test_a_demo_refuses_somebody_elses_directory(monkeypatch, capsys, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    assert "exists and is not an earlier demo's" in refusal(
+        monkeypatch, capsys, "--directory", str(tmp_path)
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_real_size_without_a_gpu_is_refused_before_anything_is_written(
+    monkeypatch, capsys, tmp_path
+):
+    text = refusal(monkeypatch, capsys, "--size", "e2b", "--directory", str(tmp_path / "new"))
+    assert "needs an NVIDIA GPU" in text and "Without --size" in text
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(monkeypatch, tmp_path):
+    from collections import namedtuple
+
+    from rich.console import Console
+
+    usage = namedtuple("usage", "total used free")(10**12, 10**12, 2**30)
+    monkeypatch.setattr(demo.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(demo.DemoError, match="takes 9.5 GiB and .* has 1.0 GiB free"):
+        demo._write_with_progress(Console(), demo.config_of("e2b"), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def refusal(monkeypatch, capsys, *arguments):
+    from gemma_accel import cli
+
+    monkeypatch.setattr(sys, "argv", ["gemma-accel", "demo", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 1
+    return " ".join(capsys.readouterr().err.split())
+
+
+# -- what it writes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["e2b", "e4b"])
+def test_the_real_sizes_are_the_released_models_own(size):
+    wanted = Gemma4Config.from_dict(json.loads((CONFIGS / f"{size}.json").read_text())).to_dict()
+    got = demo.config_of(size).to_dict()
+    for name in ("architectures", "dtype", "eos_token_id"):  # a checkpoint's, not a shape's
+        wanted.pop(name, None), got.pop(name, None)
+    assert got == wanted
+
+
+def test_random_weights_are_written_as_save_pretrained_writes_them(tmp_path):
+    from safetensors.torch import load_file
+
+    config = demo.config_of("tiny")
+    written = []
+    demo.write_random_checkpoint(config, tmp_path / "ours", written.append)
+    assert sum(written) == demo.checkpoint_bytes(config)
+    model = Gemma4ForConditionalGeneration(demo.config_of("tiny")).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "stock")
+    ours = load_file(tmp_path / "ours" / "model.safetensors")
+    stock = load_file(tmp_path / "stock" / "model.safetensors")
+    described = [{name: (t.shape, t.dtype) for name, t in f.items()} for f in (ours, stock)]
+    assert described[0] == described[1]
+    for name, tensor in ours.items():
+        if len(stock[name].unique()) > 1:  # random in both, of the same distribution
+            assert not torch.equal(tensor, stock[name]), name
+            ratio = tensor.float().std() / stock[name].float().std()
+            assert tensor.numel() < 200 or 0.7 < ratio < 1.4, name
+        else:  # a norm's weight, a bound, a scale
+            assert torch.equal(tensor, stock[name]), name
+    loaded, notes = Gemma4ForConditionalGeneration.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    assert loaded.dtype == torch.bfloat16
+    ids = torch.arange(3, 40)[None]
+    assert loaded(input_ids=ids, labels=ids).loss.isfinite()
+    assert not list((tmp_path / "ours").glob("*.partial"))
+
+
+def test_the_tokenizer_keeps_every_byte(tmp_path):
+    from transformers import AutoProcessor
+
+    demo.write_tokenizer(tmp_path, 496)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    text = "naïve \t\n  λ → 𝔊 <break> 12"
+    ids = tokenizer(text).input_ids
+    assert tokenizer.decode(ids) == text
+    assert min(ids) >= 3 and max(ids) < 496 <= len(tokenizer) <= 496
+    demo.config_of("tiny").save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is type(tokenizer)  # what TRL asks
+
+
+def test_real_rows_fill_a_training_row(tmp_path):
+    rows = demo.write_dataset(tmp_path / "data.jsonl", "e2b")
+    lines = (tmp_path / "data.jsonl").read_text().splitlines()
+    assert len(lines) == rows >= 16
+    demo.write_tokenizer(tmp_path, 1024)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert all(len(tokenizer(json.loads(line)["text"]).input_ids) >= 2048 for line in lines)
+
+
+def test_the_example_shown_is_the_one_that_is_installed():
+    assert (
+        EXAMPLE.resolve()
+        == demo.EXAMPLE.resolve()
+        == Path(demo.__file__).parent.joinpath("examples", "sft_text.py")
+    )
+    lines = EXAMPLE.read_text().splitlines()
+    code = [
+        line for line in lines if "gemma_accel" in line and "import" in line and "`" not in line
+    ]
+    assert code == ["import gemma_accel.auto  # noqa: F401 - the one line"]
