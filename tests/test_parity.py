@@ -40,23 +40,34 @@ def relative(a, b):
 
 
 def gradients(model, inputs):
+    """Outputs (logits of the tokens only: padding may see what it likes) and gradients."""
     model.zero_grad()
     out = model(**inputs)
     out.loss.backward()
+    out.logits = out.logits[inputs["attention_mask"].bool()]
     return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("kind", ["causal", "conditional"])
 def test_loss_logits_and_every_gradient_in_full_fine_tuning(kind, branch):
-    stock, ours, _ = pair(kind, **BRANCHES[branch])
-    expected, expected_grads = gradients(stock, batch())
-    out, grads = gradients(ours, batch())
-    assert relative(out.loss, expected.loss) < 1e-6
-    assert relative(out.logits, expected.logits) < 1e-5
-    assert grads.keys() == expected_grads.keys()
-    worst = max((relative(grads[n], expected_grads[n]), n) for n in grads)
-    assert worst[0] < 1e-4, worst
+    """Against float64 truth, beside float32 stock's own error, the mean of three draws: both are the last few bits grown through the
+    network, so a single tensor's may still differ by 4, all of them together by 1.5. A wrong term would be off by thousands."""
+    errors = []
+    for seed in range(3):
+        truth, truth_grads = gradients(tiny_model(kind, seed=seed, **BRANCHES[branch]).double(), batch(seed=seed))
+        rows = []
+        for model in pair(kind, seed=seed, **BRANCHES[branch])[:2]:
+            out, grads = gradients(model, batch(seed=seed))
+            assert relative(out.loss, truth.loss) < 1e-6
+            assert relative(out.logits, truth.logits) < 3e-5
+            assert grads.keys() == truth_grads.keys()
+            rows.append([relative(grads[n], truth_grads[n]) for n in truth_grads])
+        errors.append(rows)
+    stock, ours = torch.tensor(errors).mean(0).clamp_min(1e-5)
+    worst = (ours / stock).argmax()
+    assert ours[worst] <= 4 * stock[worst], list(truth_grads)[worst]
+    assert ours.norm() <= 1.5 * stock.norm()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemma_accel.hookspecs import Patch, hookimpl
+from gemma_accel.patches.attention import attention_patch
 from gemma_accel.patches.decoder import decoder_layer_patch, geglu_patch, qk_norm_rope_patch
 from gemma_accel.patches.norms import rms_norm_patch
 from gemma_accel.patches.per_layer import per_layer_patch
@@ -20,4 +21,5 @@ def gemma_accel_patches() -> list[Patch]:
         decoder_layer_patch,
         per_layer_patch,
         lora_patch,
+        attention_patch,
     ]

@@ -1,0 +1,214 @@
+"""The text model's attention, through Transformers' own registries: an attention function and a mask function of one name.
+
+Stock builds a [1, 1, S, S] mask for every sliding layer longer than its window and for every packed batch, repeats keys and values for
+the query heads, and runs head_dim 512 on PyTorch's slowest fused path. Here the mask function describes what may be seen in two int32
+vectors (or nothing), and the attention function hands both to the kernel.
+
+Whether the kernel serves a batch is decided in the mask function, once a forward: an attention function that was given no mask could not fall
+back any more, since the window and the documents' borders would be lost. What it does not serve gets stock's own mask, and the
+attention function knows that by its dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
+
+from gemma_accel.hookspecs import Patch
+from gemma_accel.kernels.attention import HEAD_SIZES, MAX_GROUP, attention
+from gemma_accel.kernels.segments import (
+    Segments,
+    segments_from_attention_mask,
+    segments_from_position_ids,
+)
+from gemma_accel.patches.seams import Fused, Undoing
+
+__all__ = ["NAME", "attention_patch"]
+
+NAME = "gemma_accel"
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    *,
+    mask_function: Any,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    config: Any = None,
+    device: Any = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """What the kernel needs to know of a batch, int32 [B, 2, T, 1] (first and last of `Segments`), None, or stock's boolean mask.
+
+    The shape lets Transformers 5.23 drop query positions (`mask[:, :, slice, :]`) as it does with a dense mask.
+    """
+    padding = None if attention_mask is None else _padding(attention_mask)
+    stock = (
+        use_vmap  # a mask function of somebody's own
+        or q_length != kv_length  # a cache is being read
+        or (config is not None and config.attention_dropout)
+        or (padding is not None and not padding.serves(q_length))
+    )
+    if stock:
+        return sdpa_mask(
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            allow_is_causal_skip=allow_is_causal_skip,
+            use_vmap=use_vmap,
+            config=config,
+            device=device,
+            **kwargs,
+        )
+    segments = None
+    if padding is not None and not padding.none:
+        segments = segments_from_attention_mask(attention_mask)
+    if not allow_is_causal_skip:  # several documents in a row
+        positions = _positions(mask_function, batch_size, q_length, device)
+        segments = segments_from_position_ids(positions, attention_mask)
+    if segments is None:
+        return None
+    return torch.stack(tuple(segments)).permute(1, 0, 2).unsqueeze(-1)
+
+
+class _Padding(NamedTuple):
+    """What the host has to know of a 2-D mask."""
+
+    none: bool
+    at_ends: bool
+    last_is_token: bool
+
+    def serves(self, length: int) -> bool:
+        """Whether segments describe it.
+
+        `generate` from right-padded prompts reads what a padding position predicts, as stock computes it; segments let padding see
+        nothing. So where no gradient is asked for, right padding gets stock's mask, up to the length where that mask costs more than it is worth
+        (16 MiB a row at 4,096).
+        """
+        return self.at_ends and (self.last_is_token or torch.is_grad_enabled() or length > 4096)
+
+
+def _padding(mask: Tensor) -> _Padding:
+    """Looks at a mask [B, T] in one wait for the device (stock waits too, to see whether all is ones)."""
+    valid = mask != 0
+    borders = (valid[:, 1:] != valid[:, :-1]).sum(-1) + valid[:, 0].int()
+    return _Padding(*torch.stack((valid.all(), (borders <= 2).all(), valid[:, -1].all())).tolist())
+
+
+def _positions(mask_function: Any, batch_size: int, length: int, device: Any) -> Tensor:
+    """Position ids [B, T] that step by one inside a document and by two where one begins.
+
+    The documents are inside ``mask_function``: a token belongs to its predecessor's if it may see it.
+    """
+    rows = torch.arange(batch_size, device=device)[:, None]
+    queries = torch.arange(1, length, device=device)[None, :]
+    same = mask_function(rows, 0, queries, queries - 1).expand(batch_size, length - 1)
+    steps = torch.ones(batch_size, length, dtype=torch.long, device=device)
+    steps[:, 1:] = 2 - same.long()
+    return steps.cumsum(-1)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """query [B, N, T, H], key and value [B, K, S, H] -> out [B, T, N, H]; stock's attention where it has stock's mask."""
+    ours = attention_mask is None or attention_mask.dtype == torch.int32
+    if not ours:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    segments = None
+    if attention_mask is not None:
+        segments = Segments(attention_mask[:, 0, :, 0], attention_mask[:, 1, :, 0])
+    if query.shape[2] != key.shape[2]:
+        # generation, or `logits_to_keep`, needs the last positions only of the layers that share keys
+        dense = _dense(query.shape[2], key.shape[2], sliding_window, segments, query.device)
+        return sdpa_attention_forward(
+            module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs
+        )
+    scale = module.scaling if scaling is None else scaling
+    return attention(query, key, value, scale=scale, window=sliding_window, segments=segments), None
+
+
+def _dense(
+    queries: int, keys: int, window: int | None, segments: Segments | None, device: torch.device
+) -> Tensor:
+    """The boolean mask [B or 1, 1, queries, keys] of the last ``queries`` positions."""
+    t = torch.arange(keys - queries, keys, device=device)[:, None]
+    s = torch.arange(keys, device=device)[None, :]
+    seen = s <= t
+    if window is not None:
+        seen = seen & (s > t - window)
+    if segments is None:
+        return seen[None, None]
+    return (seen & (s >= segments.first[:, :, None]))[:, None]
+
+
+class AttentionPatch(Patch):
+    """Chooses the registered attention for one text model's config."""
+
+    name, modality, seam = "attention", "text", "_attn_implementation"
+
+    def matches(self, path: str, module: nn.Module) -> bool:
+        kind = type(module).stock if isinstance(module, Fused) else type(module)
+        return kind is Gemma4TextModel
+
+    def why_not(self, module: nn.Module) -> str | None:
+        config = module.config
+        if config._attn_implementation not in ("sdpa", NAME):
+            return f"the model was loaded with attn_implementation={config._attn_implementation!r}"
+        if config.use_bidirectional_attention is not None:
+            return f"use_bidirectional_attention is {config.use_bidirectional_attention!r}; the kernel is causal"
+        if config.attention_dropout:
+            return f"attention_dropout is {config.attention_dropout}; the kernel has none"
+        for layer in module.layers:
+            size, group = layer.self_attn.head_dim, layer.self_attn.num_key_value_groups
+            if size not in HEAD_SIZES:
+                return f"head_dim is {size}; the kernel covers {', '.join(map(str, HEAD_SIZES))}"
+            if group > MAX_GROUP:
+                return f"{group} query heads share a key; the kernel covers {MAX_GROUP}"
+        return None
+
+    def install(self, module: nn.Module) -> Undoing:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
+        config = module.config
+        before = config._attn_implementation_internal
+        config._attn_implementation_internal = NAME
+
+        def obstacle() -> str | None:
+            now = config._attn_implementation_internal
+            if now not in (NAME, before):
+                return f"attn_implementation was set to {now!r} since"
+            return None
+
+        def run() -> None:
+            config._attn_implementation_internal = before if before != NAME else "sdpa"
+
+        return Undoing(run, obstacle)
+
+
+attention_patch = AttentionPatch()

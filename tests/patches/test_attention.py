@@ -1,0 +1,173 @@
+"""The attention patch on whole tiny models: padding, packing, generation, and what goes to stock instead."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.integrations import sdpa_attention
+
+import gemma_accel
+from gemma_accel.patches import attention as patch
+from tests.tiny import VOCAB, batch, tiny_model
+
+pytestmark = pytest.mark.usefixtures("references")
+
+
+def pair(kind="conditional", **changes):
+    stock, ours = (tiny_model(kind, towers=False, **changes) for _ in range(2))
+    gemma_accel.apply(ours)
+    return stock, ours
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    out = model(**inputs)
+    out.loss.backward()
+    return out, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def stock_calls(monkeypatch):
+    """How often a layer's attention went to stock sdpa."""
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return sdpa_attention.sdpa_attention_forward(*args, **kwargs)
+
+    monkeypatch.setattr(patch, "sdpa_attention_forward", counting)
+    return calls
+
+
+def agree(stock, ours, inputs, where=None):
+    expected, expected_grads = gradients(stock, inputs)
+    out, grads = gradients(ours, inputs)
+    where = torch.ones_like(inputs["input_ids"], dtype=torch.bool) if where is None else where
+    assert relative(out.logits[where], expected.logits[where]) < 1e-5
+    assert torch.isfinite(out.logits).all()
+    assert relative(out.loss, expected.loss) < 1e-6
+    worst = max((relative(grads[n], expected_grads[n]), n) for n in expected_grads)
+    assert grads.keys() == expected_grads.keys() and worst[0] < 1e-4, worst
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("lengths", [(23, 23), (23, 9), (5, 2)])
+def test_padded_batches(side, lengths, stock_calls):
+    inputs = batch(lengths, side=side)
+    agree(*pair(), inputs, inputs["attention_mask"].bool())
+    assert not stock_calls
+
+
+def test_a_row_of_nothing_but_padding_is_finite(stock_calls):
+    _, ours = pair()
+    inputs = batch((12, 12))
+    inputs["attention_mask"][1] = 0
+    inputs["labels"][1] = -100
+    out, grads = gradients(ours, inputs)
+    assert torch.isfinite(out.logits).all() and torch.isfinite(out.loss)
+    assert all(torch.isfinite(g).all() for g in grads.values())
+
+
+def packed(lengths=(9, 14, 1, 11)):
+    ids = torch.randint(3, VOCAB - 10, (1, sum(lengths)))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    labels = ids.clone()
+    labels[positions == 0] = -100
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+@pytest.mark.parametrize("kind", ["causal", "conditional"])
+def test_packed_documents_do_not_see_each_other(kind, stock_calls):
+    stock, ours = pair(kind)
+    inputs = packed()
+    agree(stock, ours, inputs)
+    assert not stock_calls
+    # the second document alone gives the same logits
+    with torch.no_grad():
+        together = ours(**inputs, use_cache=False).logits[:, 9:23]
+        alone = ours(input_ids=inputs["input_ids"][:, 9:23], use_cache=False).logits
+    assert relative(together, alone) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_keys_and_values_get_every_readers_gradient(checkpointing):
+    stock, ours = pair(num_kv_shared_layers=3)
+    if checkpointing:
+        ours.gradient_checkpointing_enable({"use_reentrant": False})
+    inputs = batch()
+    agree(stock, ours, inputs, inputs["attention_mask"].bool())
+
+
+class TestStockInstead:
+    def test_a_mask_with_holes(self, stock_calls):
+        inputs = batch((20, 20))
+        inputs["attention_mask"][0, 7:9] = 0
+        agree(*pair(), inputs, inputs["attention_mask"].bool())
+        assert stock_calls
+
+    def test_a_four_dimensional_mask(self, stock_calls):
+        stock, ours = pair("causal")
+        inputs = batch((12, 12))
+        inputs["attention_mask"] = torch.ones(12, 12).tril().bool()[None, None].expand(2, 1, 12, 12)
+        agree(stock, ours, inputs)
+        assert stock_calls
+
+    def test_decoding_with_a_cache(self, stock_calls):
+        _, ours = pair()
+        ours.eval().generate(**{k: v for k, v in batch().items() if k != "labels"}, max_new_tokens=3, do_sample=False)
+        assert stock_calls
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (dict(attention_dropout=0.1), "attention_dropout is 0.1"),
+            (dict(use_bidirectional_attention="vision"), "'vision'"),
+            (dict(head_dim=24), "head_dim is 24"),
+        ],
+    )
+    def test_configs_it_does_not_serve(self, change, reason):
+        model = tiny_model("causal", **change)
+        report = gemma_accel.apply(model)
+        (skip,) = [r for r in report.skipped if r.patch == "attention"]
+        assert reason in skip.reason
+        model(**batch()).loss.backward()
+
+    def test_eager_stays_eager(self):
+        model = tiny_model("causal")
+        model.set_attn_implementation("eager")
+        report = gemma_accel.apply(model)
+        assert any("'eager'" in r.reason for r in report.skipped if r.patch == "attention")
+        out = model(**batch(), output_attentions=True)
+        assert out.attentions[0] is not None
+
+
+@pytest.mark.parametrize("keep", [1, 5])
+def test_logits_to_keep_in_training(keep):
+    """GRPO asks for the completion's logits only; 5.23 then drops the other queries in the sharing layers."""
+    stock, ours = pair("causal")
+    inputs = batch((20, 13), side="left")
+    inputs.pop("labels")
+    results = []
+    for model in (stock, ours):
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+        logits.square().mean().backward()
+        results.append((logits, model.model.layers[0].self_attn.q_proj.weight.grad))
+    assert results[0][0].shape == results[1][0].shape
+    for a, b in zip(*results, strict=True):
+        assert relative(b, a) < 1e-4
+
+
+def test_restore_puts_sdpa_back_and_other_towers_never_lose_theirs():
+    model = tiny_model("conditional")
+    others = {n: m.config._attn_implementation for n, m in model.named_modules() if n.endswith("tower")}
+    report = gemma_accel.apply(model)
+    assert model.model.language_model.config._attn_implementation == patch.NAME
+    now = {n: m.config._attn_implementation for n, m in model.named_modules() if n.endswith("tower")}
+    assert now == others
+    report.restore()
+    assert model.model.language_model.config._attn_implementation == "sdpa"
+    assert patch.NAME not in str(model.config.to_dict())
