@@ -418,7 +418,8 @@ def _tiny(console: Console, directory: Path, steps: int) -> None:
     _train(
         console,
         directory,
-        ["--model", model_dir, "--dataset", data, "--output-dir", output, "--load-in-4bit"]
+        output,
+        ["--model", model_dir, "--dataset", data, "--load-in-4bit"]
         + ["--max-steps", steps, "--batch-size", 4, "--max-length", 256, "--logging-steps", 5]
         + ["--lora-rank", 16, "--lora-alpha", 32, "--learning-rate", 0.01],
         OMP_NUM_THREADS="1",  # so small a model is slower on several
@@ -456,7 +457,8 @@ def _real(console: Console, directory: Path, size: str, vram_gib: float, steps: 
     _train(
         console,
         directory,
-        ["--model", model_dir, "--dataset", data, "--output-dir", output, "--load-in-4bit"]
+        output,
+        ["--model", model_dir, "--dataset", data, "--load-in-4bit"]
         + ["--max-steps", steps, "--batch-size", 2, "--max-length", 2048, "--logging-steps", 1]
         + ["--gpu-memory-gib", vram_gib],
     )
@@ -467,7 +469,7 @@ def _real(console: Console, directory: Path, size: str, vram_gib: float, steps: 
 
 
 def _write_with_progress(console: Console, config: Gemma4Config, directory: Path) -> None:
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
     total = checkpoint_bytes(config)
     free = shutil.disk_usage(directory).free
@@ -478,14 +480,18 @@ def _write_with_progress(console: Console, config: Gemma4Config, directory: Path
             "place: --directory NAME."
         )
     console.print(f"Writing {need} to {directory} ({have}).")
-    columns = TextColumn("weights"), BarColumn(), DownloadColumn(True), TimeRemainingColumn()
+    columns = SpinnerColumn(), TextColumn("drawing weights"), BarColumn(), DownloadColumn(True)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=total)
         write_random_checkpoint(config, directory, lambda n: progress.advance(task, n))
 
 
-def _train(console: Console, directory: Path, arguments: list[Any], **variables: str) -> None:
+def _train(
+    console: Console, directory: Path, output: Path, arguments: list[Any], **variables: str
+) -> None:
     """Run the example through ``gemma-accel run`` in a child process; pass on what it prints."""
+    shutil.rmtree(output, ignore_errors=True)  # an earlier demo's
+    arguments += ["--output-dir", output]
     command = ["run", str(EXAMPLE), *map(str, arguments)]
     shown = f"\n[bold]$ gemma-accel {shlex.join(command)}[/bold]"
     console.print(shown, highlight=False, soft_wrap=True)
