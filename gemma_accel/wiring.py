@@ -123,7 +123,7 @@ def _report_for(model: Any) -> Report | None:
 def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Report) -> None:
     """Everything that must be settled between PEFT's wrapping and the optimizer."""
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
-    from gemma_accel.patches.projections import stepped_aside
+    from gemma_accel.patches.lora import stepped_aside
     from gemma_accel.patches.towers import settle_towers
 
     base = base_model(model)

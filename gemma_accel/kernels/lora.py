@@ -41,6 +41,7 @@ __all__ = [
     "Needs",
     "Projection",
     "autocast_dtype",
+    "outside_autocast",
     "project",
     "project_backward",
     "project_forward",
@@ -243,20 +244,22 @@ def project_backward(
     *,
     cast: bool = False,
     out: Tensor | None = None,
+    wide: torch.dtype | None = None,
 ) -> tuple[Tensor | None, list[Gradients]]:
     """``(dx, gradients of each projection)`` from ``dys`` ``[M, N_i]``, where None counts as zero.
 
     ``x`` is read for the gradients of weights and of ``lora_a``, ``xa`` for those of ``lora_b``
     (where it is None it is computed again, from ``x``). ``dx`` is in the dtype of the dys, in
     ``out`` where that is given, and None where no dy is. Gradients of parameters are in their
-    dtypes and have all their rows. Outside autograd, and ``cast`` as in ``project_forward``.
+    dtypes (in ``wide`` where that is given, for a caller who sums over tiles) and have all their
+    rows. Outside autograd, and ``cast`` as in ``project_forward``.
     """
     grads: list[list[Tensor | None]] = [[None] * 4 for _ in projections]
     live = [i for i, dy in enumerate(dys) if dy is not None]
     if not live:
         return None, [Gradients() for _ in projections]
     like = dys[live[0]]
-    dx = _adapters_backward(x, xa, dys, projections, needs, cast, grads, out)
+    dx = _adapters_backward(x, xa, dys, projections, needs, cast, grads, out, wide)
     late = None
     if dx is not None and dx.dtype is not like.dtype:
         late, dx = dx, None
@@ -267,9 +270,9 @@ def project_backward(
             weight = _dense(p, dy, cast, scratch)
             dx = torch.mm(dy, weight, out=out) if dx is None else dx.addmm_(dy, weight)
         if need.weight:
-            grads[i][0] = _all_rows(_mm(dy.t(), x, p.weight.dtype), p, p.weight)
+            grads[i][0] = _all_rows(_mm(dy.t(), x, wide or p.weight.dtype), p, p.weight)
         if need.bias:
-            grads[i][1] = _all_rows(dy.sum(0, dtype=p.bias.dtype), p, p.bias)
+            grads[i][1] = _all_rows(dy.sum(0, dtype=wide or p.bias.dtype), p, p.bias)
     if late is not None:
         dx.add_(late)  # in the wider dtype, rounded once
     return dx, [Gradients(*g) for g in grads]
@@ -284,6 +287,7 @@ def _adapters_backward(
     cast: bool,
     grads: list[list[Tensor | None]],
     out: Tensor | None,
+    wide: torch.dtype | None,
 ) -> Tensor | None:
     """Fills in the gradients of adapters; returns their part of dx, in the dtype they work in."""
     live = [
@@ -307,20 +311,20 @@ def _adapters_backward(
     for i, p, b, columns in zip(live, adapted, matrices, of_dxa, strict=True):
         dy = dys[i].to(dtype)
         if needs.each[i].lora_b:
-            db = _mm(dy.t(), xa[:, of_xa[i]], p.lora_b.dtype)
+            db = _mm(dy.t(), xa[:, of_xa[i]], wide or p.lora_b.dtype)
             grads[i][3] = _all_rows(db, p, p.lora_b)
         if down:
             dxa[:, columns].addmm_(dy, b, beta=0, alpha=p.scaling)
 
     wanted = [needs.each[i].lora_a for i in live]
     if all(wanted) and len({p.lora_a.dtype for p in adapted}) == 1:
-        da = _mm(dxa.t(), x.to(dtype), adapted[0].lora_a.dtype)
+        da = _mm(dxa.t(), x.to(dtype), wide or adapted[0].lora_a.dtype)
         for i, columns in zip(live, of_dxa, strict=True):
             grads[i][2] = da[columns]
     elif any(wanted):
         for i, p, columns in zip(live, adapted, of_dxa, strict=True):
             if needs.each[i].lora_a:
-                grads[i][2] = _mm(dxa[:, columns].t(), x.to(dtype), p.lora_a.dtype)
+                grads[i][2] = _mm(dxa[:, columns].t(), x.to(dtype), wide or p.lora_a.dtype)
     if not needs.x:
         return None
     return torch.mm(dxa, stacked, out=out if dtype is like.dtype else None)
@@ -330,7 +334,7 @@ def _adapters_backward(
 
 
 @contextmanager
-def _outside_autocast(kind: str) -> Iterator[None]:
+def outside_autocast(kind: str) -> Iterator[None]:
     """Products in the dtypes they have, also where backward is called under autocast."""
     enabled = torch.is_autocast_enabled(kind)
     torch.set_autocast_enabled(kind, False)
@@ -385,7 +389,7 @@ class ProjectFunction(torch.autograd.Function):
                 "backward before the optimizer's step."
             )
         x, xa = ctx.saved_tensors
-        with _outside_autocast(ctx.device):
+        with outside_autocast(ctx.device):
             dx, grads = project_backward(
                 None if x is None else x.reshape(-1, x.shape[-1]),
                 xa,

@@ -31,20 +31,27 @@ __all__ = [
     "FusedGemma4TextAttention",
     "FusedGemma4TextDecoderLayer",
     "FusedGemma4TextMLP",
-    "call_each",
+    "Projector",
     "decoder_layer_patch",
     "geglu_patch",
     "qk_norm_rope_patch",
 ]
 
 
-def call_each(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """Projections that share an input, one module call each: what stock does. The `lora` patch sets another."""
-    return tuple(linear(x) for linear in linears)
+class Projector:
+    """How a fused module runs its linear layers: as stock does, one module call each. The `lora` patch sets another."""
+
+    def __call__(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+        """``linear(x)`` of projections that share an input."""
+        return tuple(linear(x) for linear in linears)
+
+    def gated_mlp(self, mlp: FusedGemma4TextMLP, x: Tensor) -> Tensor:
+        """``down(gelu(gate(x)) * up(x))``."""
+        return mlp.down_proj(geglu(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
 class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
-    project = staticmethod(call_each)
+    project = Projector()
 
     def forward(
         self,
@@ -132,12 +139,14 @@ def _why_not_attention(attention: Gemma4TextAttention) -> str | None:
 
 
 class FusedGemma4TextMLP(Fused, Gemma4TextMLP):
-    project = staticmethod(call_each)
+    """``keep`` and ``tile`` are the memory policy's: whether gate and up are kept for backward, how many tokens are in flight."""
+
+    project = Projector()
+    keep = True
+    tile: int | None = 8192
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.project(x, self.gate_proj, self.up_proj)
-        (out,) = self.project(geglu(gate, up), self.down_proj)
-        return out
+        return self.project.gated_mlp(self, x)
 
 
 def _why_not_mlp(mlp: Gemma4TextMLP) -> str | None:
@@ -155,7 +164,7 @@ _LAYER_NORMS = (
 
 
 class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
-    project = staticmethod(call_each)
+    project = Projector()
 
     def forward(
         self,

@@ -1,41 +1,40 @@
 """Linear layers as PEFT and bitsandbytes left them, seen as one autograd step over what they really compute.
 
 Everything is read at call time, so it does not matter whether PEFT wraps before or after `apply`, and adapters may be switched,
-disabled or merged between steps. What the fused step does not cover goes through the module's own forward, and `stepped_aside` gives the
-reason for the report.
+disabled or merged between steps. What the fused step does not cover comes back as the reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
-from transformers.models.gemma4.modeling_gemma4 import (
-    Gemma4TextAttention,
-    Gemma4TextDecoderLayer,
-    Gemma4TextMLP,
-    Gemma4TextModel,
-)
 
-from gemma_accel.hookspecs import Patch
 from gemma_accel.kernels.lora import Projection, project
 from gemma_accel.kernels.nf4 import nf4_refusal, nf4_weight
-from gemma_accel.patches.seams import Fused, Undoing, set_attribute
 
-__all__ = ["as_projection", "lora_patch", "project_modules", "project_rows", "rows_apart", "stepped_aside"]
+__all__ = ["as_projection", "project_modules", "project_rows", "read_all", "rows_apart"]
 
 
-def project_modules(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
-    """``linear(x)`` for each, as one step where all can be read, else each by its own forward."""
+def read_all(linears: Sequence[nn.Module], x: Tensor) -> list[Projection] | None:
+    """What each of a group computes now; None where one of them cannot be read."""
     projections = []
     for linear in linears:
         projection = as_projection(linear, x)
         if isinstance(projection, str):
-            return tuple(linear(x) for linear in linears)
+            return None
         projections.append(projection)
+    return projections
+
+
+def project_modules(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """``linear(x)`` for each, as one step where all can be read, else each by its own forward."""
+    projections = read_all(linears, x)
+    if projections is None:
+        return tuple(linear(x) for linear in linears)
     return project(x, *projections)
 
 
@@ -110,49 +109,3 @@ def _adapted(linear: Any, name: str, base: tuple[Any, Any]) -> Projection | str:
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"the adapter's factors are {type(lora_a).__name__}"
     return Projection(*base, lora_a.weight, lora_b.weight, linear.scaling[name])
-
-
-_GROUPS = {
-    Gemma4TextAttention: ("qk_norm_rope", ("q_proj", "k_proj", "v_proj", "o_proj")),
-    Gemma4TextMLP: ("geglu", ("gate_proj", "up_proj", "down_proj")),
-    Gemma4TextDecoderLayer: ("decoder_layer", ("per_layer_input_gate", "per_layer_projection")),
-}
-
-
-def _group(module: nn.Module) -> tuple[str, tuple[str, ...]] | None:
-    return _GROUPS.get(type(module).stock if isinstance(module, Fused) else type(module))  # type: ignore[arg-type]
-
-
-class LoraPatch(Patch):
-    """Sets the projections' seam of the fused attention, MLP and decoder layer."""
-
-    name, modality, seam = "lora", "text", "project"
-
-    def matches(self, path: str, module: nn.Module) -> bool:
-        return _group(module) is not None
-
-    def needs(self, module: nn.Module) -> str | None:
-        group = _group(module)
-        return group[0] if group else None
-
-    def install(self, module: nn.Module) -> Undoing:
-        return set_attribute(module, "project", project_modules)
-
-
-lora_patch = LoraPatch()
-
-
-def stepped_aside(base: nn.Module) -> Iterator[tuple[str, str]]:
-    """Paths of linear layers that the fused step would call as they are now, each with the reason."""
-    for path, module in base.named_modules():
-        if vars(module).get("project") is project_modules:
-            group = _group(module)
-            names = group[1] if group else ()
-        elif isinstance(module, Fused) and type(module).stock is Gemma4TextModel:
-            names = ("per_layer_model_projection",)
-        else:
-            continue
-        for name in names:
-            linear = getattr(module, name, None)
-            if linear is not None and isinstance(reason := as_projection(linear), str):
-                yield f"{path}.{name}", reason

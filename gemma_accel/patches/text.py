@@ -5,9 +5,9 @@ from __future__ import annotations
 from gemma_accel.hookspecs import Patch, hookimpl
 from gemma_accel.patches.attention import attention_patch
 from gemma_accel.patches.decoder import decoder_layer_patch, geglu_patch, qk_norm_rope_patch
+from gemma_accel.patches.lora import lora_patch
 from gemma_accel.patches.norms import rms_norm_patch
 from gemma_accel.patches.per_layer import per_layer_patch
-from gemma_accel.patches.projections import lora_patch
 
 __all__ = ["gemma_accel_patches"]
 
