@@ -183,8 +183,10 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """``a b`` in ``dtype``: for float32 out of narrower operands straight from the accumulator."""
     if a.dtype is dtype:
         return torch.mm(a, b)
-    if a.is_cuda and dtype is torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(a, b, out_dtype=dtype)
+    if dtype is torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=dtype)
+        return torch.mm(a.float(), b.float())
     return torch.mm(a, b).to(dtype)
 
 
