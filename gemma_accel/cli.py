@@ -195,7 +195,7 @@ def _tiny_model() -> Any:
     from gemma_accel.demo import config_of
 
     torch.manual_seed(0)
-    model = Gemma4ForConditionalGeneration(config_of("tiny"))
+    model: torch.nn.Module = Gemma4ForConditionalGeneration(config_of("tiny"))
     if torch.cuda.is_available():
         return model.to("cuda", torch.bfloat16)
     return model

@@ -47,7 +47,7 @@ class DemoError(GemmaAccelError):
 
 # -- configs --------------------------------------------------------------------------------------
 
-_TEXT = {
+_TEXT: dict[str, Any] = {
     "hidden_activation": "gelu_pytorch_tanh",
     "rms_norm_eps": 1e-6,
     "attention_bias": False,
@@ -78,7 +78,7 @@ _TEXT = {
 # those, both layer types. The wide initialisation lets adapters alone learn a text: logits are
 # bounded by the frozen, tied embedding's size. Widths are multiples of 64, for bitsandbytes' CPU
 # path.
-_TINY_TEXT = {
+_TINY_TEXT: dict[str, Any] = {
     "vocab_size": 512,
     "vocab_size_per_layer_input": 512,
     "hidden_size": 128,
@@ -160,7 +160,7 @@ _REAL_AUDIO = {
 }
 
 
-_MEDIA_TOKENS = {
+_MEDIA_TOKENS: dict[str, Any] = {
     "boi_token_id": 255999,
     "eoi_token_id": 258882,
     "image_token_id": 258880,
@@ -177,11 +177,12 @@ def config_of(size: str) -> Gemma4Config:
 
     if size == "tiny":
         text, vision, audio = _TINY_TEXT, _TINY_VISION, _TINY_AUDIO
-        period, tokens = 3, {name: 511 - i for i, name in enumerate(_MEDIA_TOKENS)}
+        period = 3
+        tokens: dict[str, Any] = dict(zip(_MEDIA_TOKENS, range(505, 512), strict=True))
     else:
         text = {**_REAL_TEXT, **(_E2B_TEXT if size == "e2b" else _E4B_TEXT)}
         vision, audio = _REAL_VISION, _REAL_AUDIO
-        period, tokens = {"e2b": 5, "e4b": 6}[size], _MEDIA_TOKENS
+        period, tokens = (5 if size == "e2b" else 6), _MEDIA_TOKENS
     layers = range(1, text["num_hidden_layers"] + 1)
     kinds = ["sliding_attention" if layer % period else "full_attention" for layer in layers]
     shared = {"pooling_kernel_size": 3, "use_clipped_linears": True, "standardize": False}
@@ -271,7 +272,7 @@ def write_random_checkpoint(
 
     torch.manual_seed(0)
     model, tensors = _outline(config)
-    header = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (_, tensor) in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
@@ -307,7 +308,8 @@ def _outline(config: Gemma4Config) -> tuple[Any, dict[str, tuple[nn.Module, Any]
     from transformers import Gemma4ForConditionalGeneration
 
     with torch.device("meta"):
-        model = Gemma4ForConditionalGeneration(config).to(torch.bfloat16)
+        model: nn.Module = Gemma4ForConditionalGeneration(config)
+    model = model.to(torch.bfloat16)
     saved = model.state_dict(keep_vars=True)
     seen: set[int] = set()
     tensors = {}
