@@ -197,36 +197,29 @@ def main(out_json: str | None = None):
 # ---------------------------------------------------------------------------------------------------------------- sweep
 
 
-def t(m, n, warps, stages, flags="", dv=1):
-    """``flags``: e one loop (no edges), p prefetch, u unchain, s split, d unchain the dV programs too."""
-    return Tile(m, n, warps, stages, "e" not in flags, "p" in flags, "u" in flags, "s" in flags, dv, "d" in flags)
+def t(m, n, warps, stages, flags="", **more):
+    """``flags``: e one loop (no edges), u unchain, f flip, s split, d unchain the dV programs too."""
+    names = {"u": "unchain", "f": "flip", "s": "split", "d": "dv_unchain"}
+    return Tile(m, n, warps, stages, "e" not in flags, **{name: f in flags for f, name in names.items()}, **more)
 
 
 CANDIDATES = {
     ("fwd", 512): [
-        t(64, 32, 8, 2, "eu"), t(64, 32, 8, 2, "u"), t(64, 32, 8, 2, "e"), t(64, 32, 8, 2), t(64, 64, 8, 1, "eup"), t(64, 64, 8, 1, "eu"),
-        t(64, 16, 8, 3, "eu"), t(64, 32, 8, 1, "eup"),
+        t(128, 32, 8, 2, parts=2), t(128, 32, 8, 2, "e", parts=2), t(64, 32, 8, 2, "u"), t(128, 16, 8, 3, parts=2),
     ],
-    ("fwd", 256): [
-        t(128, 64, 8, 2), t(128, 64, 8, 2, "e"), t(128, 32, 8, 3), t(128, 32, 8, 2), t(64, 32, 4, 2), t(64, 32, 4, 2, "e"),
-        t(64, 64, 4, 1), t(64, 64, 8, 2, "u"), t(128, 128, 8, 1), t(64, 64, 4, 2),
-    ],
+    ("fwd", 256): [t(128, 64, 8, 2), t(128, 32, 8, 4)],
     ("dq", 512): [
-        t(64, 32, 8, 1, "eup"), t(64, 32, 8, 1, "eu"), t(64, 32, 8, 1, "u"), t(64, 32, 8, 1, "up"), t(64, 16, 8, 2, "e"),
-        t(64, 32, 8, 1, "e"),
+        t(64, 32, 8, 1, "eu"), t(64, 64, 8, 1, "eu"), t(64, 16, 8, 2, "eu"), t(64, 32, 8, 1, "u"), t(64, 16, 8, 2, "u"),
     ],
-    ("dq", 256): [
-        t(128, 32, 8, 2), t(128, 32, 8, 2, "e"), t(128, 32, 8, 1, "ep"), t(128, 64, 8, 1, "ep"), t(64, 32, 4, 2, "e"), t(64, 32, 4, 2),
-        t(64, 32, 4, 1, "eup"), t(64, 32, 4, 1, "e"), t(64, 64, 8, 2, "u"), t(128, 32, 8, 2, "eu"),
-    ],
+    ("dq", 256): [t(128, 32, 8, 2), t(128, 64, 8, 1, "e"), t(128, 32, 8, 3), t(64, 64, 4, 1, "e"), t(64, 32, 4, 1)],
     ("dkv", 512): [
-        t(32, 64, 8, 1, "eusd"), t(32, 64, 8, 1, "eupsd"), t(32, 64, 8, 1, "eus", 2), t(32, 64, 8, 1, "eups", 2), t(32, 64, 8, 1, "usd"),
-        t(32, 64, 8, 1, "es"), t(64, 32, 8, 1, "e"), t(16, 64, 8, 1, "eusd"),
+        t(64, 32, 8, 1, "euf"), t(64, 32, 8, 1, "uf"), t(32, 64, 8, 1, "eusd"), t(64, 64, 8, 1, "eusd"), t(64, 16, 8, 1, "euf"),
+        t(64, 16, 8, 2, "euf"),
     ],
     ("dkv", 256): [
-        t(32, 128, 8, 2, "s", 2), t(32, 128, 8, 2, "es", 2), t(64, 64, 8, 2, "us", 2), t(64, 64, 8, 2, "es", 2), t(32, 64, 4, 1, "epsd", 2),
-        t(32, 64, 4, 1, "es", 2), t(32, 64, 8, 2, "e"), t(32, 64, 8, 2), t(64, 64, 8, 1, "eup"), t(64, 64, 8, 1, "eu"), t(64, 64, 8, 2, "e"),
-        t(64, 64, 8, 1, "eusd"), t(64, 128, 8, 1, "es", 2), t(32, 64, 4, 2, "es", 2), t(64, 32, 4, 1, "e"), t(64, 32, 8, 2, "e"),
+        t(64, 32, 8, 2, "uf"), t(64, 32, 8, 2, "euf"), t(128, 32, 8, 1, "ef"), t(64, 32, 8, 2, "ef"), t(64, 64, 8, 1, "euf"),
+        t(64, 16, 8, 2, "euf"), t(64, 32, 4, 2, "ef"), t(128, 32, 8, 1, "f"), t(32, 64, 4, 2, "es", dv_stages=2), t(64, 64, 8, 2, "e"),
+        t(64, 32, 8, 2, "e"), t(16, 64, 4, 2, "es", dv_stages=2), t(64, 64, 8, 2, "euf"), t(64, 32, 4, 1, "f"),
     ],
 }  # fmt: skip
 SHAPES = {
@@ -237,6 +230,7 @@ SHAPES = {
         Case("8192", 1, 8192, 256),
     ],
 }
+DEFAULT = module._tiles_on
 NEEDS = {"dq": (True, False, False), "dkv": (False, True, True)}
 
 
@@ -246,9 +240,9 @@ def runner(kind, case, tile):
     q, k, v = (x.detach() for x in case.inputs())
     dout = torch.randn(case.B, case.T, case.N, case.H, device="cuda", dtype=torch.bfloat16)
     window = case.window or case.T
-    original = module._tiles_on(q.device, case.H, 2)
+    module._tiles_on = DEFAULT
     out, lse = module.attention_fwd(q, k, v, 1.0, window, None)
-    chosen = original._replace(**{kind: tile})
+    chosen = DEFAULT(q.device, case.H, 2)._replace(**{kind: tile})
 
     def call():
         module._tiles_on = lambda *_: chosen
@@ -273,17 +267,17 @@ def sweep(only: str = ""):
     jobs = [(kind, size, tile) for (kind, size), tiles in CANDIDATES.items() if only in f"{kind}{size}" for tile in tiles]
     with ProcessPoolExecutor(min(12, os.cpu_count()), mp_context=get_context("spawn")) as pool:
         errors = list(pool.map(compile_ahead, jobs))
-    defaults, expected = module._tiles_on, {}
+    expected = {}
     print(versions()["card"])
     for (kind, size, tile), error in zip(jobs, errors, strict=True):
         line = f"{kind}{size} {tile.block_m:3}x{tile.block_n:<3} w{tile.num_warps} s{tile.num_stages} "
-        line += "".join(f for f, on in zip("epusd", (not tile.edges, *tile[5:8], tile.dv_unchain), strict=True) if on)
-        line = f"{line:28} dv{tile.dv_stages} "
+        flags = (not tile.edges, tile.unchain, tile.flip, tile.split, tile.dv_unchain)
+        line += "".join(f for f, on in zip("eufsd", flags, strict=True) if on)
+        line = f"{line:28}"
         if error:
             print(line, error)
             continue
         for case in SHAPES[size]:
-            module._tiles_on = defaults
             call = runner(kind, case, tile)
             result = [x for x in call() if x is not None][-1].float()
             reference = expected.setdefault((kind, case), result)
@@ -291,7 +285,7 @@ def sweep(only: str = ""):
             ms = milliseconds(call, rep=25)
             flops = case.flops * {"fwd": 1.0, "dq": 1.5, "dkv": 2.0}[kind]
             line += f" | {case.name} {ms:7.3f} ms {flops / ms / 1e9:4.0f} TF/s" + ("" if off < 0.01 else f" WRONG {off:.2g}")
-        module._tiles_on = defaults
+        module._tiles_on = DEFAULT
         print(line, flush=True)
 
 

@@ -110,14 +110,11 @@ def _dot_t(a, b, T, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _keys(base, start, row_stride, tile, T, i, blocks, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, GUARD: tl.constexpr):
-    """A tile of K or V, the i-th of ``blocks``: GUARD where a prefetch may run past the last."""
+def _keys(base, start, row_stride, tile, T, BLOCK_N: tl.constexpr, MASKED: tl.constexpr):
+    """A tile of K or V. Only a masked block can reach beyond the last key."""
     ptrs = base + tl.cast(start, tl.int64) * row_stride + tile
-    end = T
-    if GUARD:
-        end = tl.where(i < blocks, T, 0)
-    if MASKED or GUARD:
-        return tl.load(ptrs, mask=(start + tl.arange(0, BLOCK_N) < end)[:, None], other=0.0)
+    if MASKED:
+        return tl.load(ptrs, mask=(start + tl.arange(0, BLOCK_N) < T)[:, None], other=0.0)
     else:
         return tl.load(ptrs)
 
@@ -146,22 +143,13 @@ def _key_span(
 def _fwd_loop(
     acc, l, m, q, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, blocks,
     begin, full_begin, full, right, T, scale_log2,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over ``blocks`` blocks of keys; ``m`` is the row maximum in base-2 units, ``l`` the sum."""
-    if PREFETCH:
-        start = _start(0, begin, full_begin, full, right, BLOCK_N, MASKED)
-        k = _keys(k_base, start, k_row_stride, k_tile, T, 0, blocks, BLOCK_N, MASKED, True)
     for i in range(blocks):
         start = _start(i, begin, full_begin, full, right, BLOCK_N, MASKED)
-        if PREFETCH:
-            v = _keys(v_base, start, v_row_stride, v_tile, T, i, blocks, BLOCK_N, MASKED, False)
-        else:
-            k = _keys(k_base, start, k_row_stride, k_tile, T, i, blocks, BLOCK_N, MASKED, False)
+        k = _keys(k_base, start, k_row_stride, k_tile, T, BLOCK_N, MASKED)
         scores = _dot_t(q, k, T, UNCHAIN, PRECISION)
-        if PREFETCH:  # into registers, while the rest of this block is computed
-            after = _start(i + 1, begin, full_begin, full, right, BLOCK_N, MASKED)
-            k = _keys(k_base, after, k_row_stride, k_tile, T, i + 1, blocks, BLOCK_N, MASKED, True)
         if MASKED:
             s = start + tl.arange(0, BLOCK_N)
             scores = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] <= t[:, None]), scores, float("-inf"))
@@ -172,8 +160,7 @@ def _fwd_loop(
         alpha = tl.math.exp2(m - m_safe)
         l = l * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        if not PREFETCH:
-            v = _keys(v_base, start, v_row_stride, v_tile, T, i, blocks, BLOCK_N, MASKED, False)
+        v = _keys(v_base, start, v_row_stride, v_tile, T, BLOCK_N, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
         m = m_new
     return acc, l, m
@@ -187,15 +174,17 @@ def _attention_fwd_kernel(
     v_batch_stride, v_head_stride, v_row_stride,
     T, window, scale_log2,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, H: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
-    EDGES: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
+    HV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
+    EDGES: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
+    PARTS: tl.constexpr = H // HV  # programs that share a block, each with its own columns of V and of the output
+    pid, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     blocks = tl.cdiv(T, POSITIONS)
-    heads = tl.num_programs(0) // blocks  # B * K
-    block = blocks - 1 - tl.program_id(0) // heads  # the last rows see the most keys: start them first
-    b = (tl.program_id(0) % heads // K).to(tl.int64)
-    kv = (tl.program_id(0) % K).to(tl.int64)
+    heads = tl.num_programs(0) // (PARTS * blocks)  # B * K
+    block = blocks - 1 - pid // heads  # the last rows see the most keys: start them first
+    b = (pid % heads // K).to(tl.int64)
+    kv = (pid % K).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     t = block * POSITIONS + row // GROUP_PAD
     n = kv * GROUP + row % GROUP_PAD
@@ -210,18 +199,19 @@ def _attention_fwd_kernel(
     k_base = k_ptr + b * k_batch_stride + kv * k_head_stride
     v_base = v_ptr + b * v_batch_stride + kv * v_head_stride
     k_tile = tl.arange(0, BLOCK_N)[:, None] * k_row_stride + cols[None, :]
-    v_tile = tl.arange(0, BLOCK_N)[:, None] * v_row_stride + cols[None, :]
+    v_cols = part * HV + tl.arange(0, HV)
+    v_tile = tl.arange(0, BLOCK_N)[:, None] * v_row_stride + v_cols[None, :]
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, H], tl.float32)
+    acc = tl.zeros([BLOCK_M, HV], tl.float32)
     acc, l, m = _fwd_loop(
         acc, l, m, q, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, masked,
-        begin, full_begin, full, right, T, scale_log2, BLOCK_N, True, PREFETCH, UNCHAIN, PRECISION,
+        begin, full_begin, full, right, T, scale_log2, BLOCK_N, True, UNCHAIN, PRECISION,
     )  # fmt: skip
     if EDGES:
         acc, l, m = _fwd_loop(
             acc, l, m, q, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, full,
-            begin, full_begin, full, right, T, scale_log2, BLOCK_N, False, PREFETCH, UNCHAIN, PRECISION,
+            begin, full_begin, full, right, T, scale_log2, BLOCK_N, False, UNCHAIN, PRECISION,
         )  # fmt: skip
 
     seen = l > 0
@@ -229,39 +219,32 @@ def _attention_fwd_kernel(
     acc = acc * (1.0 / l)[:, None]
     out_rows = (b * T + t) * (K * GROUP) + n
     tl.store(
-        o_ptr + out_rows[:, None] * H + cols[None, :], acc.to(o_ptr.dtype.element_ty), mask=row_ok[:, None]
+        o_ptr + out_rows[:, None] * H + v_cols[None, :], acc.to(o_ptr.dtype.element_ty), mask=row_ok[:, None]
     )
     # +inf for a row that saw nothing: the backward's exp2(score - lse) is then 0, never NaN
-    tl.store(lse_ptr + out_rows, tl.where(seen, m + tl.math.log2(l), float("inf")), mask=row_ok)
+    if part == 0:
+        tl.store(lse_ptr + out_rows, tl.where(seen, m + tl.math.log2(l), float("inf")), mask=row_ok)
 
 
 @triton.jit
 def _dq_loop(
     dq, q, do, lse, delta, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, blocks,
     begin, full_begin, full, right, T, scale_log2,
-    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, MASKED: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    if PREFETCH:
-        start = _start(0, begin, full_begin, full, right, BLOCK_N, MASKED)
-        k = _keys(k_base, start, k_row_stride, k_tile, T, 0, blocks, BLOCK_N, MASKED, True)
     for i in range(blocks):
         start = _start(i, begin, full_begin, full, right, BLOCK_N, MASKED)
-        if not PREFETCH:
-            k = _keys(k_base, start, k_row_stride, k_tile, T, i, blocks, BLOCK_N, MASKED, False)
-        v = _keys(v_base, start, v_row_stride, v_tile, T, i, blocks, BLOCK_N, MASKED, False)
+        # V is done with before K arrives, so that without pipelining the two share their place in shared memory
+        v = _keys(v_base, start, v_row_stride, v_tile, T, BLOCK_N, MASKED)
+        dp = _dot_t(do, v, T, UNCHAIN, PRECISION)
+        k = _keys(k_base, start, k_row_stride, k_tile, T, BLOCK_N, MASKED)
         scores = _dot_t(q, k, T, UNCHAIN, PRECISION)
         p = tl.math.exp2(scores * scale_log2 - lse[:, None])
         if MASKED:
             s = start + tl.arange(0, BLOCK_N)
             p = tl.where((s[None, :] >= lo[:, None]) & (s[None, :] <= t[:, None]), p, 0.0)
-        dp = _dot_t(do, v, T, UNCHAIN, PRECISION)
-        if PREFETCH:  # into registers, while the rest of this block is computed
-            after = _start(i + 1, begin, full_begin, full, right, BLOCK_N, MASKED)
-            k_next = _keys(k_base, after, k_row_stride, k_tile, T, i + 1, blocks, BLOCK_N, MASKED, True)
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        if PREFETCH:
-            k = k_next
     return dq
 
 
@@ -276,7 +259,7 @@ def _attention_dq_kernel(
     T, window, scale, scale_log2,
     K: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, H: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SEGMENTS: tl.constexpr, WANT_DQ: tl.constexpr,
-    EDGES: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
+    EDGES: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ, and delta = rowsum(dO * O) on the way, which the dK/dV launch after this one reads."""
     POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
@@ -310,12 +293,12 @@ def _attention_dq_kernel(
         dq = tl.zeros([BLOCK_M, H], tl.float32)
         dq = _dq_loop(
             dq, q, do, lse, delta, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, masked,
-            begin, full_begin, full, right, T, scale_log2, BLOCK_N, True, PREFETCH, UNCHAIN, PRECISION,
+            begin, full_begin, full, right, T, scale_log2, BLOCK_N, True, UNCHAIN, PRECISION,
         )  # fmt: skip
         if EDGES:
             dq = _dq_loop(
                 dq, q, do, lse, delta, t, lo, k_base, v_base, k_row_stride, v_row_stride, k_tile, v_tile, full,
-                begin, full_begin, full, right, T, scale_log2, BLOCK_N, False, PREFETCH, UNCHAIN, PRECISION,
+                begin, full_begin, full, right, T, scale_log2, BLOCK_N, False, UNCHAIN, PRECISION,
             )  # fmt: skip
         dq_rows = b * dq_batch_stride + t.to(tl.int64) * dq_row_stride + n * dq_head_stride
         tl.store(
@@ -325,17 +308,14 @@ def _attention_dq_kernel(
 
 @triton.jit
 def _rows(
-    base, start, row_stride, tile, T, i, blocks, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
-    MASKED: tl.constexpr, GUARD: tl.constexpr,
+    base, start, row_stride, tile, T, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, GROUP_PAD: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """A tile of Q or dO: BLOCK_M // GROUP_PAD positions from ``start``, each with its group's heads."""
     ptrs = base + tl.cast(start, tl.int64) * row_stride + tile
-    end = T
-    if GUARD:
-        end = tl.where(i < blocks, T, 0)
-    if MASKED or GUARD or GROUP != GROUP_PAD:
+    if MASKED or GROUP != GROUP_PAD:
         row = tl.arange(0, BLOCK_M)
-        row_ok = (start + row // GROUP_PAD < end) & (row % GROUP_PAD < GROUP)
+        row_ok = (start + row // GROUP_PAD < T) & (row % GROUP_PAD < GROUP)
         return tl.load(ptrs, mask=row_ok[:, None], other=0.0)
     else:
         return tl.load(ptrs)
@@ -346,46 +326,53 @@ def _dkv_loop(
     dk, dv, k, v, s, hi, q_base, do_base, lse_base, delta_base, q_row_stride, do_row_stride, stat_row_stride,
     q_tile, do_tile, blocks, begin, full_begin, full, right, T, scale_log2,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, MASKED: tl.constexpr,
-    PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, MASKED: tl.constexpr, FLIP: tl.constexpr,
+    UNCHAIN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``blocks`` tiles of query rows into a block's dK and dV. Scores are transposed, [keys, rows]: both products then take
-    them as the left operand."""
+    """``blocks`` tiles of query rows into a block's dK and dV.
+
+    Scores are [keys, rows], so that both products take them as the left operand, from registers; with FLIP they are
+    [rows, keys] and the accumulators are transposed, [H, keys], so that a block may have fewer keys than a warpgroup's
+    instruction has rows.
+    """
     POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
     row = tl.arange(0, BLOCK_M)
-    if PREFETCH:
-        start = _start(0, begin, full_begin, full, right, POSITIONS, MASKED)
-        q = _rows(q_base, start, q_row_stride, q_tile, T, 0, blocks, BLOCK_M, GROUP, GROUP_PAD, MASKED, True)
     for i in tl.range(0, blocks, num_stages=STAGES):
         start = _start(i, begin, full_begin, full, right, POSITIONS, MASKED)
-        if not PREFETCH:
-            q = _rows(q_base, start, q_row_stride, q_tile, T, i, blocks, BLOCK_M, GROUP, GROUP_PAD, MASKED, False)
-        do = _rows(do_base, start, do_row_stride, do_tile, T, i, blocks, BLOCK_M, GROUP, GROUP_PAD, MASKED, False)
         t = start + row // GROUP_PAD
         row_ok = (t < T) & (row % GROUP_PAD < GROUP)
         stats = tl.cast(start, tl.int64) * stat_row_stride + row // GROUP_PAD * stat_row_stride + row % GROUP_PAD
-        # base-2 log-sum-exp; +inf makes p zero, so rows beyond the end need no other care
+        # +inf makes p zero, so rows beyond the end need no other care
         lse = tl.load(lse_base + stats, mask=row_ok, other=float("inf"))
         if WANT_DK:
             delta = tl.load(delta_base + stats, mask=row_ok, other=0.0)
-        scores = _dot_t(k, q, T, UNCHAIN, PRECISION)
-        p = tl.math.exp2(scores * scale_log2 - lse[None, :])
-        if MASKED:
-            p = tl.where((t[None, :] >= s[:, None]) & (t[None, :] <= hi[:, None]), p, 0.0)
+            do = _rows(do_base, start, do_row_stride, do_tile, T, BLOCK_M, GROUP, GROUP_PAD, MASKED)
+            dp = _dot_t(do, v, T, UNCHAIN, PRECISION) if FLIP else _dot_t(v, do, T, UNCHAIN, PRECISION)
+        q = _rows(q_base, start, q_row_stride, q_tile, T, BLOCK_M, GROUP, GROUP_PAD, MASKED)
+        if FLIP:
+            scores = _dot_t(q, k, T, UNCHAIN, PRECISION)
+            p = tl.math.exp2(scores * scale_log2 - lse[:, None])
+            if MASKED:
+                p = tl.where((t[:, None] >= s[None, :]) & (t[:, None] <= hi[None, :]), p, 0.0)
+        else:
+            scores = _dot_t(k, q, T, UNCHAIN, PRECISION)
+            p = tl.math.exp2(scores * scale_log2 - lse[None, :])
+            if MASKED:
+                p = tl.where((t[None, :] >= s[:, None]) & (t[None, :] <= hi[:, None]), p, 0.0)
         if WANT_DV:
-            dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+            if not WANT_DK:
+                do = _rows(do_base, start, do_row_stride, do_tile, T, BLOCK_M, GROUP, GROUP_PAD, MASKED)
+            if FLIP:
+                dv = tl.dot(tl.trans(do), p.to(do.dtype), dv, input_precision=PRECISION)
+            else:
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         if WANT_DK:
-            dp = _dot_t(v, do, T, UNCHAIN, PRECISION)
-        if PREFETCH:  # into registers, while the rest of this tile is computed
-            after = _start(i + 1, begin, full_begin, full, right, POSITIONS, MASKED)
-            q_next = _rows(
-                q_base, after, q_row_stride, q_tile, T, i + 1, blocks, BLOCK_M, GROUP, GROUP_PAD, MASKED, True
-            )
-        if WANT_DK:
-            ds = p * (dp - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        if PREFETCH:
-            q = q_next
+            if FLIP:
+                ds = p * (dp - delta[:, None])
+                dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision=PRECISION)
+            else:
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -395,7 +382,7 @@ def _dkv_block(
     begin, full_begin, full, right, masked,
     q_row_stride, q_tile, do_row_stride, do_tile, stat_row_stride, T, scale, scale_log2,
     GROUP: tl.constexpr, GROUP_PAD: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EDGES: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, EDGES: tl.constexpr, FLIP: tl.constexpr, UNCHAIN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK, dV or both of one block of keys, over every row that sees it."""
@@ -405,20 +392,23 @@ def _dkv_block(
     dv = 0.0
     if WANT_DK:
         v = tl.load(v_ptrs, mask=(s < T)[:, None], other=0.0)
-        dk = tl.zeros([BLOCK_N, H], tl.float32)
+        dk = tl.zeros([H, BLOCK_N] if FLIP else [BLOCK_N, H], tl.float32)
     if WANT_DV:
-        dv = tl.zeros([BLOCK_N, H], tl.float32)
+        dv = tl.zeros([H, BLOCK_N] if FLIP else [BLOCK_N, H], tl.float32)
     dk, dv = _dkv_loop(
         dk, dv, k, v, s, hi, q_base, do_base, lse_base, delta_base, q_row_stride, do_row_stride, stat_row_stride,
         q_tile, do_tile, masked, begin, full_begin, full, right, T, scale_log2,
-        GROUP, GROUP_PAD, BLOCK_M, WANT_DK, WANT_DV, True, PREFETCH, UNCHAIN, STAGES, PRECISION,
+        GROUP, GROUP_PAD, BLOCK_M, WANT_DK, WANT_DV, True, FLIP, UNCHAIN, STAGES, PRECISION,
     )  # fmt: skip
     if EDGES:
         dk, dv = _dkv_loop(
             dk, dv, k, v, s, hi, q_base, do_base, lse_base, delta_base, q_row_stride, do_row_stride, stat_row_stride,
             q_tile, do_tile, full, begin, full_begin, full, right, T, scale_log2,
-            GROUP, GROUP_PAD, BLOCK_M, WANT_DK, WANT_DV, False, PREFETCH, UNCHAIN, STAGES, PRECISION,
+            GROUP, GROUP_PAD, BLOCK_M, WANT_DK, WANT_DV, False, FLIP, UNCHAIN, STAGES, PRECISION,
         )  # fmt: skip
+    if FLIP:
+        dk = tl.trans(dk) if WANT_DK else dk
+        dv = tl.trans(dv) if WANT_DV else dv
     if WANT_DK:
         tl.store(dk_ptrs, (dk * scale).to(dk_ptrs.dtype.element_ty), mask=(s < T)[:, None])
     if WANT_DV:
@@ -439,7 +429,7 @@ def _attention_dkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_SEGMENTS: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, DV_STAGES: tl.constexpr, DV_UNCHAIN: tl.constexpr,
-    EDGES: tl.constexpr, PREFETCH: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
+    EDGES: tl.constexpr, FLIP: tl.constexpr, UNCHAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     POSITIONS: tl.constexpr = BLOCK_M // GROUP_PAD
     pid = tl.program_id(0)
@@ -484,21 +474,21 @@ def _attention_dkv_kernel(
                 q_base, k_ptrs, v_ptrs, do_base, lse_base, delta_base, dk_ptrs, dv_ptrs, s, hi,
                 begin, full_begin, full, right, masked,
                 q_row_stride, q_tile, do_row_stride, do_tile, stat_row_stride, T, scale, scale_log2,
-                GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, True, False, EDGES, PREFETCH, UNCHAIN, STAGES, PRECISION,
+                GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, True, False, EDGES, FLIP, UNCHAIN, STAGES, PRECISION,
             )  # fmt: skip
         else:
             _dkv_block(
                 q_base, k_ptrs, v_ptrs, do_base, lse_base, delta_base, dk_ptrs, dv_ptrs, s, hi,
                 begin, full_begin, full, right, masked,
                 q_row_stride, q_tile, do_row_stride, do_tile, stat_row_stride, T, scale, scale_log2,
-                GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, False, True, EDGES, False, DV_UNCHAIN, DV_STAGES, PRECISION,
+                GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, False, True, EDGES, FLIP, DV_UNCHAIN, DV_STAGES, PRECISION,
             )  # fmt: skip
     else:
         _dkv_block(
             q_base, k_ptrs, v_ptrs, do_base, lse_base, delta_base, dk_ptrs, dv_ptrs, s, hi,
             begin, full_begin, full, right, masked,
             q_row_stride, q_tile, do_row_stride, do_tile, stat_row_stride, T, scale, scale_log2,
-            GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, WANT_DK, WANT_DV, EDGES, PREFETCH, UNCHAIN, STAGES, PRECISION,
+            GROUP, GROUP_PAD, H, BLOCK_M, BLOCK_N, WANT_DK, WANT_DV, EDGES, FLIP, UNCHAIN, STAGES, PRECISION,
         )  # fmt: skip
 
 
@@ -506,15 +496,16 @@ def _attention_dkv_kernel(
 
 
 class Tile(NamedTuple):
-    """One kernel's configuration. ``split`` is dK and dV in separate programs, for the dK/dV kernel only."""
+    """One kernel's configuration."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
     edges: bool = True
-    prefetch: bool = False
     unchain: bool = False
+    parts: int = 1
+    flip: bool = False
     split: bool = False
     dv_stages: int = 1
     dv_unchain: bool = False
@@ -535,12 +526,12 @@ def tiles(capability: int, head_size: int, itemsize: int) -> Tiles | None:
     if capability // 10 == 9:
         if head_size == 512:
             return Tiles(
-                Tile(64, 32, 8, 2, edges=False, unchain=True),
-                Tile(64, 32, 8, 1, edges=False, prefetch=True, unchain=True),
-                Tile(32, 64, 8, 1, edges=False, unchain=True, split=True, dv_unchain=True),
+                Tile(128, 32, 8, 2, parts=2),
+                Tile(64, 32, 8, 1, edges=False, unchain=True),
+                Tile(64, 32, 8, 1, edges=False, unchain=True, flip=True),
             )
         if head_size == 256:
-            return Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2, split=True, dv_stages=2))
+            return Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2, unchain=True, flip=True))
     if head_size == 512:
         return Tiles(
             Tile(32, 32, 8, 2, edges=False), Tile(32, 16, 4, 2, edges=False), Tile(16, 16, 4, 2, edges=False)
@@ -553,7 +544,7 @@ def tiles(capability: int, head_size: int, itemsize: int) -> Tiles | None:
 @functools.lru_cache(maxsize=None)
 def _tiles_on(device: torch.device, head_size: int, itemsize: int) -> Tiles | None:
     if device.type != "cuda":  # the interpreter: small tiles, so that small tests cross block borders
-        return Tiles(*[Tile(32, 16, 4, 1, *[head_size >= 32] * 4)] * 3)
+        return Tiles(*[Tile(32, 16, 4, 1, head_size < 32, parts=2, flip=head_size < 32)] * 3)
     major, minor = torch.cuda.get_device_capability(device)
     return tiles(10 * major + minor, head_size, itemsize)
 
@@ -585,14 +576,14 @@ def attention_fwd(
     group, pad = heads // kv_heads, _group_pad(heads // kv_heads)
     out = torch.empty((batch, tokens, heads, size), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, tokens, heads), dtype=torch.float32, device=q.device)
-    grid = (triton.cdiv(tokens, tile.block_m // pad) * batch * kv_heads,)
+    grid = (triton.cdiv(tokens, tile.block_m // pad) * batch * kv_heads * tile.parts,)
     _attention_fwd_kernel[grid](
         q, k, v, out, lse, lse if segments is None else segments.first,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         tokens, window, scale * LOG2E,
-        K=kv_heads, GROUP=group, GROUP_PAD=pad, H=size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        K=kv_heads, GROUP=group, GROUP_PAD=pad, H=size, HV=size // tile.parts, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
         HAS_SEGMENTS=segments is not None, PRECISION=_precision(q),
-        EDGES=tile.edges, PREFETCH=tile.prefetch, UNCHAIN=tile.unchain,
+        EDGES=tile.edges, UNCHAIN=tile.unchain,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out, lse
@@ -625,7 +616,7 @@ def attention_bwd(
             q, k, v, out, dout, lse, delta, target, lse if segments is None else segments.first,
             *strides, *target.stride()[:3], tokens, window, scale, scale * LOG2E,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, WANT_DQ=needs[0],
-            EDGES=tile.edges, PREFETCH=tile.prefetch, UNCHAIN=tile.unchain,
+            EDGES=tile.edges, UNCHAIN=tile.unchain,
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
         )  # fmt: skip
     if needs[1] or needs[2]:
@@ -637,7 +628,7 @@ def attention_bwd(
             *strides, *target_k.stride()[:3], *target_v.stride()[:3], tokens, window, scale, scale * LOG2E,
             BLOCK_M=dkv.block_m, BLOCK_N=dkv.block_n, WANT_DK=needs[1], WANT_DV=needs[2], SPLIT=split,
             EDGES=dkv.edges, STAGES=dkv.num_stages, DV_STAGES=dkv.dv_stages, DV_UNCHAIN=dkv.dv_unchain,
-         PREFETCH=dkv.prefetch, UNCHAIN=dkv.unchain,
+         FLIP=dkv.flip, UNCHAIN=dkv.unchain,
         num_warps=dkv.num_warps, num_stages=dkv.num_stages, **shared,
         )  # fmt: skip
     return dq, dk, dv

@@ -149,11 +149,10 @@ def test_forward_and_gradients(B, N, K, T, H, window, dtype, poisoned):
 TILES = {
     "two loops": Tile(32, 16, 4, 1),
     "one loop": Tile(16, 32, 4, 1, edges=False),
-    "prefetch": Tile(32, 16, 4, 1, prefetch=True),
-    "prefetch, one loop": Tile(32, 16, 4, 1, edges=False, prefetch=True),
     "unchain": Tile(32, 16, 4, 1, unchain=True),
-    "split": Tile(32, 16, 4, 1, split=True),
-    "split, prefetch": Tile(16, 32, 4, 1, prefetch=True, unchain=True, split=True),
+    "parts": Tile(32, 16, 4, 1, parts=2),
+    "flip": Tile(32, 16, 4, 1, flip=True),
+    "split": Tile(16, 32, 4, 1, split=True),
 }
 
 
