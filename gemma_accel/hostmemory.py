@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from gemma_accel.kernels.ple import HostRows, gather_rows
 
-__all__ = ["FileSlice", "HostTable", "Rows", "StaleFileError"]
+__all__ = ["FileSlice", "HostTable", "Rows", "StaleFileError", "locked_empty"]
 
 
 class StaleFileError(RuntimeError):
@@ -245,6 +246,19 @@ class Rows:
         assert self.table._address is not None
         host = HostRows(self.table._address, *self.table.shape, self.table.dtype)
         return gather_rows(host, self.ids, start, width)
+
+
+def locked_empty(nbytes: int) -> Tensor:
+    """``nbytes`` of page-locked memory as a uint8 CPU tensor; pageable where locking is refused.
+
+    Locked by registration: PyTorch's own pinned allocator rounds up to a power of two, twice the memory at worst.
+    """
+    tensor = torch.empty(nbytes, dtype=torch.uint8)
+    registration = _Registration.of_tensor(tensor)
+    if not isinstance(registration, str):
+        registration._keep = None  # the tensor keeps the registration, not the other way round
+        weakref.finalize(tensor, registration.close)
+    return tensor
 
 
 # -- memory and the driver ---------------------------------------------------------------------------------------------

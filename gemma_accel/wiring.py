@@ -36,6 +36,8 @@ def on_applied(model: Any, base: nn.Module, report: Report, budget: float | None
     weakref.finalize(base, let_go)  # a model that is dropped without `restore` lets go too
     report._undos.append(let_go)
     text = text_model(base)
+    if (policy := getattr(text, "memory", None)) is not None and budget is not None:
+        policy.budget = int(budget * 2**30)
     if hasattr(model, "peft_config") and isinstance(text, FusedGemma4TextModel):
         report.note("per-layer table", settle_table(text, model_device(base)))
 
@@ -149,6 +151,21 @@ def _attach(trainer: Any, report: Report) -> None:
         callback = GradientAccumulationCallback()
         trainer.add_callback(callback)
     callback.attach(trainer, report=report)
+    _tell_policy(trainer)
+
+
+def _tell_policy(trainer: Any) -> None:
+    """What the model, its gradients and its optimizer will take on the device, now that all of it is known."""
+    policy = getattr(text_model(base_model(trainer.model)), "memory", None)
+    if policy is None:
+        return
+    seen: dict[int, tuple[int, bool]] = {}
+    for parameter in trainer.model.parameters():
+        if parameter.is_cuda:
+            seen[parameter.untyped_storage().data_ptr()] = (parameter.nbytes, parameter.requires_grad)
+    weights = sum(nbytes for nbytes, _ in seen.values())
+    trained = sum(nbytes for nbytes, is_trained in seen.values() if is_trained)
+    policy.fixed = weights + trained * 3  # a gradient and two moments, at most in the parameter's own dtype
 
 
 def _refuse_reentrant(text: nn.Module, arguments: Any) -> None:

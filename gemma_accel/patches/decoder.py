@@ -8,6 +8,7 @@ Transformers' attention registry, so that their patches need not know this one.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -165,6 +166,17 @@ _LAYER_NORMS = (
 
 class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
     project = Projector()
+    memory: Any = None  # the `checkpointing` patch's policy
+
+    @property
+    def _gradient_checkpointing_func(self) -> Any:
+        """Transformers' checkpoint function, or the memory policy in front of it."""
+        stock = self.__dict__["_gradient_checkpointing_func"]
+        return stock if self.memory is None else functools.partial(self.memory.run, self, stock)
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, stock: Any) -> None:
+        self.__dict__["_gradient_checkpointing_func"] = stock
 
     def forward(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gemma_accel.hookspecs import Patch, hookimpl
 from gemma_accel.patches.attention import attention_patch
+from gemma_accel.patches.checkpointing import checkpointing_patch
 from gemma_accel.patches.decoder import decoder_layer_patch, geglu_patch, qk_norm_rope_patch
 from gemma_accel.patches.lora import lora_patch
 from gemma_accel.patches.norms import rms_norm_patch
@@ -22,4 +23,5 @@ def gemma_accel_patches() -> list[Patch]:
         per_layer_patch,
         lora_patch,
         attention_patch,
+        checkpointing_patch,
     ]

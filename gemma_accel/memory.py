@@ -1,0 +1,177 @@
+"""What a decoder layer keeps for backward, what its backward needs on top, and which layer should keep what.
+
+Pure arithmetic on shapes, in bytes: the planner predicts with it and the memory policy decides with it, so the two cannot disagree. The counts
+follow the code (`patches/decoder.py` and the Functions it calls): a change there that saves another tensor belongs here too, and a test compares
+both with what autograd really holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+__all__ = [
+    "LayerShape",
+    "Mode",
+    "choose_modes",
+    "kept_bytes",
+    "layer_shapes",
+    "loss_bytes",
+    "mlp_schedule",
+    "peak_bytes",
+    "transient_bytes",
+]
+
+
+class Mode(Enum):
+    """How a layer pays for its backward, cheapest in time first."""
+
+    KEEP = "keep"
+    """everything is kept; only elementwise products are made again"""
+    RECOMPUTE_MLP = "recompute MLP"
+    """gate and up, half of what a layer keeps, are computed again"""
+    RECOMPUTE = "recompute"
+    """only the layer's input is kept"""
+    RECOMPUTE_TILED = "recompute in tiles"
+    """and its MLP runs a few tokens at a time"""
+    OFFLOAD = "offload"
+    """and its input waits in host memory"""
+
+
+_GRADES = tuple(reversed(Mode))
+
+
+def mlp_schedule(mode: Mode, tokens: int) -> tuple[bool, int | None]:
+    """Whether a layer's MLP keeps gate and up (in the replay, where the layer is recomputed), and its tokens in flight."""
+    if mode in (Mode.KEEP, Mode.RECOMPUTE):
+        return True, None
+    if mode is Mode.RECOMPUTE_MLP:
+        return False, 4096
+    return False, 1024 if tokens <= 16384 else 4096
+
+
+def loss_bytes(tokens: int, hidden: int, vocabulary: int) -> int:
+    """TRL's chunked head: a tile of logits, the labelled rows, their gradient in float32 and in the model's dtype."""
+    return min(tokens, 4096) * min(vocabulary, 32768) * 2 + tokens * hidden * 12
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer's widths; ``keys`` is 0 where it reuses another layer's keys and values."""
+
+    sliding: bool
+    hidden: int
+    queries: int
+    """heads x head_dim"""
+    keys: int
+    """key/value heads x head_dim, of its own"""
+    heads: int
+    mlp: int
+    per_layer: int
+
+    @property
+    def linear_parameters(self) -> int:
+        """Elements of its projections."""
+        attention = 2 * self.hidden * self.queries + 2 * self.hidden * self.keys
+        return attention + 3 * self.hidden * self.mlp + 2 * self.hidden * self.per_layer
+
+
+def layer_shapes(text: Any) -> list[LayerShape]:
+    """The decoder layers of a `Gemma4TextConfig`."""
+    count, shared = text.num_hidden_layers, getattr(text, "num_kv_shared_layers", 0) or 0
+    shapes = []
+    for index, kind in enumerate(text.layer_types):
+        sliding = kind == "sliding_attention"
+        size, heads = _head_size_and_keys(text, index, sliding)
+        reuses = shared > 0 and index >= count - shared
+        shapes.append(
+            LayerShape(
+                sliding=sliding,
+                hidden=text.hidden_size,
+                queries=text.num_attention_heads * size,
+                keys=0 if reuses else heads * size,
+                heads=text.num_attention_heads,
+                mlp=text.intermediate_size * (2 if text.use_double_wide_mlp and reuses else 1),
+                per_layer=text.hidden_size_per_layer_input or 0,
+            )
+        )
+    return shapes
+
+
+def _head_size_and_keys(text: Any, index: int, sliding: bool) -> tuple[int, int]:
+    """head_dim and key/value heads of a layer, which transformers 5.23 gives layer by layer and 5.17 by kind."""
+    by_layer = getattr(text, "per_layer_config", None)
+    if by_layer is not None:
+        return by_layer[index].head_dim, by_layer[index].num_key_value_heads
+    size = text.head_dim if sliding or not text.global_head_dim else text.global_head_dim
+    by_kind = not sliding and text.attention_k_eq_v
+    return size, text.num_global_key_value_heads if by_kind else text.num_key_value_heads
+
+
+def kept_bytes(layer: LayerShape, mode: Mode, itemsize: int = 2) -> int:
+    """Bytes a token of ``layer`` keeps from its forward to its backward."""
+    if mode is Mode.OFFLOAD:
+        return 0
+    if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED):
+        return layer.hidden * itemsize
+    # layer input, its norm, o_proj's output, the sum, its norm, the MLP's output
+    elements = 6 * layer.hidden
+    # raw and rotated queries, attention's output; raw and normed keys and values
+    elements += 3 * layer.queries + 4 * layer.keys
+    if layer.per_layer:
+        # the second sum, the projection's output; gate, projected context, table rows, gated product
+        elements += 2 * layer.hidden + 4 * layer.per_layer
+    if mode is Mode.KEEP:
+        elements += 2 * layer.mlp
+    return elements * itemsize + 4 * layer.heads  # and attention's log-sum-exp
+
+
+def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 2) -> int:
+    """Bytes that ``layer``'s backward needs beyond what is kept, at its highest point, for ``tokens`` tokens."""
+    keeps, tile = mlp_schedule(mode, tokens)
+    # product and its gradient; gate and up too where they are made again a tile at a time
+    mlp = min(tokens, tile or tokens) * layer.mlp * (2 if keeps else 4)
+    # gradients of queries, attention's output, keys and values
+    attention = tokens * (2 * layer.queries + 2 * layer.keys)
+    flow = tokens * 3 * layer.hidden  # gradients of the residual stream and of a branch
+    weight = max(layer.mlp, layer.queries) * layer.hidden  # one dequantised weight
+    replayed = 0
+    if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED, Mode.OFFLOAD):
+        as_if = Mode.KEEP if keeps else Mode.RECOMPUTE_MLP
+        replayed = tokens * (kept_bytes(layer, as_if, itemsize) - layer.hidden * itemsize)
+    if mode is Mode.OFFLOAD:
+        replayed += 2 * tokens * layer.hidden * itemsize  # its input, and the next one on its way
+    return (max(mlp, attention) + flow + weight) * itemsize + replayed
+
+
+def peak_bytes(
+    layers: Sequence[LayerShape], modes: Sequence[Mode], tokens: int, loss: int, itemsize: int = 2
+) -> int:
+    """The most that activations take at any moment of a step: at the loss, or in some layer's backward."""
+    kept = 0
+    peak = 0
+    for layer, mode in zip(layers, modes, strict=True):
+        kept += tokens * kept_bytes(layer, mode, itemsize)
+        peak = max(peak, kept + transient_bytes(layer, mode, tokens, itemsize))
+    return max(peak, kept + loss)
+
+
+def choose_modes(
+    layers: Sequence[LayerShape], tokens: int, available: int, loss: int, itemsize: int = 2
+) -> list[Mode]:
+    """The cheapest modes that fit ``available`` bytes; all offloaded where nothing does.
+
+    Backward frees the last layers' activations first, so what they keep is out of the way when an early layer is recomputed: layers are
+    raised from the last to the first, a grade at a time, as long as the step's highest point fits.
+    """
+    modes = [Mode.OFFLOAD] * len(layers)
+    for grade, below in zip(_GRADES[1:], _GRADES, strict=False):
+        for index in reversed(range(len(layers))):
+            if modes[index] is not below:
+                continue
+            modes[index] = grade
+            if peak_bytes(layers, modes, tokens, loss, itemsize) > available:
+                modes[index] = below
+    return modes

@@ -1,0 +1,120 @@
+"""Checkpointing by budget: each layer keeps, recomputes or offloads as the memory at hand allows.
+
+The seam is the function with which Transformers checkpoints a layer (`_gradient_checkpointing_func`, which turning checkpointing on sets on every
+layer, the same in every version): the fused layer hands out one that asks the policy first. So ``gradient_checkpointing=False`` means what it
+says, never recompute, and ``True`` is the permission to.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
+
+from gemma_accel.hookspecs import Patch
+from gemma_accel.memory import Mode, choose_modes, layer_shapes, loss_bytes, mlp_schedule
+from gemma_accel.patches.offload import OffloadedInputs
+from gemma_accel.patches.seams import Fused, Undoing
+
+__all__ = ["MemoryPolicy", "checkpointing_patch"]
+
+GIB = 2**30
+# of the budget: what the caching allocator cannot use for being in pieces, and what no arithmetic names (measured, see benchmarks/LOG.md)
+SLACK = 0.05
+
+
+class MemoryPolicy:
+    """One text model's: chooses a batch's modes once a shape, and runs its layers by them.
+
+    ``budget`` is what `apply` was given, in bytes; without one (no GPU) layers are checkpointed as stock would. ``fixed`` is what weights,
+    adapters, their gradients and the optimizer take on the device, once it is known.
+    """
+
+    def __init__(self, text: nn.Module) -> None:
+        self.shapes = layer_shapes(text.config)
+        self.vocabulary = text.config.vocab_size
+        self.budget: int | None = None
+        self.fixed = 0
+        self.chosen: dict[tuple[int, ...], list[Mode]] = {}
+        self._inputs = OffloadedInputs()
+
+    def __deepcopy__(self, memo: Any) -> MemoryPolicy:
+        twin = object.__new__(MemoryPolicy)
+        twin.__dict__.update(self.__dict__, chosen={}, _inputs=OffloadedInputs())
+        return twin
+
+    def modes(self, hidden: Tensor) -> list[Mode]:
+        """The modes of every layer for hidden states [B, T, D] of this shape."""
+        key = (*hidden.shape, hidden.element_size())
+        if key not in self.chosen:
+            assert self.budget is not None
+            held = max(self.fixed, torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0)
+            available = int(self.budget * (1 - SLACK)) - held
+            tokens = hidden.shape[0] * hidden.shape[1]
+            loss = loss_bytes(tokens, hidden.shape[2], self.vocabulary)
+            self.chosen[key] = choose_modes(self.shapes, tokens, available, loss, hidden.element_size())
+        return self.chosen[key]
+
+    def summary(self) -> str:
+        """What was chosen, for the report: a line a batch shape."""
+        lines = []
+        for (batch, tokens, *_), modes in self.chosen.items():
+            counts = Counter(mode.value for mode in modes)
+            lines.append(f"{batch} x {tokens}: " + ", ".join(f"{n} {mode}" for mode, n in counts.items()))
+        return "; ".join(lines)
+
+    def run(
+        self, layer: nn.Module, stock: Callable[..., Any], forward: Callable[..., Any], hidden: Tensor, *rest: Any
+    ) -> Any:
+        """``forward(hidden, *rest)`` of ``layer`` in the mode chosen for it; ``stock`` is Transformers' checkpoint function."""
+        if self.budget is None or not _is_plain(stock):
+            return stock(forward, hidden, *rest)
+        mode = self.modes(hidden)[layer.layer_idx]
+        mlp: Any = layer.mlp
+        mlp.keep, mlp.tile = mlp_schedule(mode, hidden.shape[0] * hidden.shape[1])
+        if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP):
+            return forward(hidden, *rest)
+        if mode is Mode.OFFLOAD and hidden.is_cuda:
+            return self._inputs.run(stock, forward, hidden, *rest, first=layer.layer_idx == 0)
+        return stock(forward, hidden, *rest)
+
+
+def _is_plain(stock: Any) -> bool:
+    """Whether this is torch's checkpoint as Transformers sets it up by default: TRL's selective mode or an offload of somebody's own stay."""
+    return getattr(stock, "func", None) is checkpoint and set(stock.keywords) <= {"use_reentrant", "preserve_rng_state"}
+
+
+class CheckpointingPatch(Patch):
+    """Gives a text model's layers a common memory policy."""
+
+    name, modality, seam = "checkpointing", "text", "memory"
+
+    def matches(self, path: str, module: nn.Module) -> bool:
+        return (type(module).stock if isinstance(module, Fused) else type(module)) is Gemma4TextModel
+
+    def why_not(self, module: nn.Module) -> str | None:
+        if module.config.enable_moe_block:
+            return "layers with a mixture-of-experts block are checkpointed as stock does"
+        return None
+
+    def install(self, module: nn.Module) -> Undoing:
+        policy = MemoryPolicy(module)
+        holders = [module, *module.layers]
+        for holder in holders:
+            holder.memory = policy
+
+        def run() -> None:
+            for holder in holders:
+                vars(holder).pop("memory", None)
+                for name in ("keep", "tile"):
+                    vars(getattr(holder, "mlp", holder)).pop(name, None)
+
+        return Undoing(run, lambda: None)
+
+
+checkpointing_patch = CheckpointingPatch()
