@@ -10,6 +10,7 @@ profiler, launches and GPU-busy time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -97,7 +98,8 @@ def worker(spec: dict) -> None:
         load = torch.cuda.max_memory_reserved()
     built = time.time() - start
     # the peak must not be reset: it counts from the first allocation to the last, loading included
-    trainer.train()
+    with _profiled(spec):
+        trainer.train()
     torch.cuda.synchronize()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     out = {
@@ -113,8 +115,27 @@ def worker(spec: dict) -> None:
         from gemma_accel.patching import report_of
 
         out["report"] = report_of(trainer.model).to_dict()["notes"]
+        from gemma_accel.models import base_model, text_model
+
+        out["modes"] = text_model(base_model(trainer.model)).memory.summary()
         out["skipped"] = report_of(trainer.model).to_dict()["skipped"][:20]
     _say({"result": out})
+
+
+@contextlib.contextmanager
+def _profiled(spec: dict):
+    """With BENCH_PROFILE=1: where Python's time goes, into the worker's log."""
+    if os.environ.get("BENCH_PROFILE") != "1":
+        yield
+        return
+    import cProfile
+    import pstats
+
+    profile = cProfile.Profile()
+    profile.enable()
+    yield
+    profile.disable()
+    pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(60)
 
 
 def _host_gib() -> dict:
@@ -276,7 +297,7 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true", help="TRL's default for a model given by name")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--directory", default="/dev/shm")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", default="results.json")
     options = parser.parse_args()
     if options.worker:
         worker(json.loads(options.worker))
