@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import pkgutil
 import sys
 
 import pytest
 import torch
 
+import gemma_accel.kernels
+
 # Before Triton is imported anywhere: without a card, kernels run on the CPU in the interpreter. Ops then send CPU tensors
 # through the very kernels; tests of whole models that want the PyTorch references ask for the `references` fixture.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Kernels are decided to be interpreted or compiled when they are defined: define them all now, before a fixture changes the variable.
+for _module in pkgutil.iter_modules(gemma_accel.kernels.__path__):
+    importlib.import_module(f"gemma_accel.kernels.{_module.name}")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

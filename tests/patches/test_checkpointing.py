@@ -1,0 +1,225 @@
+"""The memory policy: every mode gives the same gradients, keeps what the arithmetic says, and none is chosen that does not fit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
+
+import gemma_accel
+from gemma_accel.memory import (
+    Mode,
+    choose_modes,
+    kept_bytes,
+    layer_shapes,
+    loss_bytes,
+    peak_bytes,
+)
+from tests.tiny import batch, text_config, tiny_model
+
+LANGUAGE = r".*(language_model|model)\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def adapted(kind="causal", *, applied=True, **changes):
+    model = tiny_model(kind, towers=False, **changes)
+    torch.manual_seed(1)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False))
+    if applied:
+        gemma_accel.apply(peft, vram_gib=1.0)
+    return model, peft
+
+
+def text(model):
+    return getattr(model.model, "language_model", model.model)
+
+
+def force(model, modes):
+    policy = text(model).memory
+    policy.modes = lambda hidden: modes
+
+
+def gradients(peft, inputs):
+    peft.zero_grad()
+    out = peft(**inputs)
+    out.loss.backward()
+    return out.loss.item(), {n: p.grad.clone() for n, p in peft.named_parameters() if p.grad is not None}
+
+
+def relative(a, b):
+    return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)).item()
+
+
+@pytest.fixture
+def executions(monkeypatch):
+    """How often each layer's forward ran."""
+    from gemma_accel.patches import decoder
+
+    counts = [0] * 5
+    original = decoder.FusedGemma4TextAttention.forward
+
+    def counting(self, *args, **kwargs):
+        counts[self.layer_idx] += 1
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(decoder.FusedGemma4TextAttention, "forward", counting)
+    return counts
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("sharing", [0, 2])
+@pytest.mark.parametrize("mode", Mode)
+def test_every_mode_gives_stocks_gradients(mode, sharing, executions):
+    changes = dict(num_kv_shared_layers=sharing)
+    stock_loss, stock = gradients(adapted(applied=False, **changes)[1], batch())
+    _, expected = gradients(adapted(**changes)[1], batch())
+    executions[:] = [0] * 5
+    model, peft = adapted(**changes)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    force(model, [mode] * 5)
+    loss, grads = gradients(peft, batch())
+    assert loss == pytest.approx(stock_loss, rel=1e-6)
+    assert grads.keys() == expected.keys() == stock.keys()
+    assert max(relative(grads[n], expected[n]) for n in grads) < 1e-6  # recomputation adds nothing of its own
+    assert max(relative(grads[n], stock[n]) for n in grads) < 1e-3  # two float32 computations, see test_parity
+    once = mode in (Mode.KEEP, Mode.RECOMPUTE_MLP)
+    assert executions == [1 if once else 2] * 5
+
+
+@pytest.mark.usefixtures("references")
+def test_modes_may_differ_from_layer_to_layer(executions):
+    _, expected = gradients(adapted(applied=False)[1], batch())
+    model, peft = adapted()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    force(model, [Mode.OFFLOAD, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP])
+    _, grads = gradients(peft, batch())
+    assert max(relative(grads[n], expected[n]) for n in grads) < 1e-4
+    assert executions == [2, 2, 2, 1, 1]
+
+
+@pytest.mark.usefixtures("references")
+def test_two_forwards_before_a_backward():
+    """DPO's and GRPO's shape: chosen and rejected, policy and old policy."""
+    _, reference = adapted(applied=False)
+    model, peft = adapted()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    force(model, [Mode.OFFLOAD, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP])
+    results = []
+    for m in (reference, peft):
+        m.zero_grad()
+        (m(**batch(seed=1)).loss - 0.5 * m(**batch((12, 9), seed=2)).loss).backward()
+        results.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    assert max(relative(results[1][n], results[0][n]) for n in results[0]) < 1e-4
+
+
+@pytest.mark.usefixtures("references")
+class TestBounds:
+    def test_without_checkpointing_nothing_is_recomputed(self, executions):
+        model, peft = adapted()
+        force(model, [Mode.OFFLOAD] * 5)
+        gradients(peft, batch())
+        assert executions == [1] * 5
+
+    def test_without_a_budget_layers_are_checkpointed_as_stock(self, executions):
+        model, peft = adapted()
+        text(model).memory.budget = None
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        gradients(peft, batch())
+        assert executions == [2] * 5
+
+    def test_somebody_elses_checkpoint_function_is_left_alone(self, executions):
+        model, peft = adapted()
+        force(model, [Mode.KEEP] * 5)
+        model.gradient_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
+        gradients(peft, batch())
+        assert executions == [2] * 5
+
+    def test_restore_leaves_stocks_function(self):
+        model, peft = adapted()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        from gemma_accel.patching import report_of
+
+        report_of(model).restore()
+        layer = text(model).layers[0]
+        assert layer._gradient_checkpointing_func.func is checkpoint
+        assert not {"memory"} & set(vars(layer)) and not {"keep", "tile"} & set(vars(layer.mlp))
+
+    def test_a_deep_copy_has_a_policy_of_its_own(self):
+        model, _ = adapted()
+        twin = copy.deepcopy(model)
+        assert text(twin).memory is not text(model).memory
+        assert text(twin).layers[0].memory is text(twin).memory
+
+
+@pytest.mark.parametrize("mode", [Mode.KEEP, Mode.RECOMPUTE_MLP, Mode.RECOMPUTE])
+def test_a_layer_keeps_the_bytes_that_the_arithmetic_says(device, mode):
+    """Against autograd itself: the distinct storages that are held for backward, layer by layer."""
+    model, peft = adapted(num_kv_shared_layers=2)
+    peft.to(device)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    force(model, [mode] * 5)
+    inputs = {k: v.to(device) for k, v in batch((64,)).items()}
+    held: dict[int, int] = {}
+    stack = []
+
+    def pack(tensor):
+        stack.append(tensor)
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in peft.parameters()}
+    layers = text(model).layers
+    marks = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: marks.append(len(stack)))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        peft(**inputs).loss  # noqa: B018 - the graph is what counts
+    starts = [0, *marks[:-1]]
+    for index, (start, stop) in enumerate(zip(starts, marks, strict=True)):
+        seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stack[start:stop]}
+        own = {p: n for p, n in seen.items() if p not in parameters and p not in held}
+        held.update(own)
+        shape = layer_shapes(model.config.get_text_config())[index]
+        expected = 64 * kept_bytes(shape, mode, itemsize=4)
+        # small change on top: adapters' products, norms' factors, positions; and layer 0 also holds what all layers read
+        slack = 64 * 4 * (6 * 4 + 16 + (4 * 64 + 4 * 32 if index == 0 else 0))
+        assert expected * 0.9 - slack <= sum(own.values()) <= expected + slack, (index, sum(own.values()), expected)
+
+
+class TestChoice:
+    shapes = layer_shapes(text_config(hidden_size=1536, intermediate_size=6144, num_hidden_layers=5))
+
+    def test_with_memory_to_spare_everything_is_kept(self):
+        assert choose_modes(self.shapes, 4096, 1 << 40, 0) == [Mode.KEEP] * 5
+
+    def test_with_none_everything_is_offloaded(self):
+        assert choose_modes(self.shapes, 4096, 0, 0) == [Mode.OFFLOAD] * 5
+
+    def test_what_is_chosen_fits_and_more_memory_never_means_more_work(self):
+        order = list(Mode)
+        cost = None
+        loss = loss_bytes(4096, 1536, 262144)
+        for available in range(1 << 28, 4 << 30, 1 << 27):
+            modes = choose_modes(self.shapes, 4096, available, loss)
+            if set(modes) != {Mode.OFFLOAD}:
+                assert peak_bytes(self.shapes, modes, 4096, loss) <= available
+            grades = sum(order.index(mode) for mode in modes)
+            assert cost is None or grades <= cost
+            cost = grades
+
+
+@pytest.mark.gpu
+def test_offloading_on_a_gpu_gives_the_same_gradients_and_holds_less():
+    results = {}
+    for mode in (Mode.RECOMPUTE_TILED, Mode.OFFLOAD):
+        model, peft = adapted(hidden_size=256)
+        peft.cuda()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        force(model, [mode] * 5)
+        inputs = {k: v.cuda() for k, v in batch((400, 400)).items()}
+        for _ in range(2):  # the second step reuses the host buffers
+            _, grads = gradients(peft, inputs)
+        results[mode] = grads
+    for name, expected in results[Mode.RECOMPUTE_TILED].items():
+        assert torch.equal(results[Mode.OFFLOAD][name], expected), name
