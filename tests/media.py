@@ -144,29 +144,45 @@ def chat(question: str, answer: str, *, images: int = 0, sounds: int = 0) -> lis
     ]
 
 
-def clip(model: Any, *, low: float = 0.05, high: float = 0.6, seed: int = 0) -> Any:
-    """Give every clipped linear finite ranges that bite: each its own, but one input range for
-    projections that share an input."""
+def clip(model: Any, *, seed: int = 0) -> Any:
+    """Give every clipped linear ranges that hold a few per cent of what it sees, at either end;
+    projections that share an input share its range, as in a calibrated checkpoint."""
     generator = torch.Generator().manual_seed(seed)
-    shared: dict[str, Any] = {}
-    for path, module in model.named_modules():
-        if not isinstance(module, Gemma4ClippableLinear) or not module.use_clipped_linears:
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, Gemma4ClippableLinear)}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def watch(name: str) -> Any:
+        return lambda module, args, out: seen.__setitem__(name, (args[0].detach(), out.detach()))
+
+    hooks = [m.register_forward_hook(watch(n)) for n, m in linears.items()]
+    with torch.no_grad():
+        model(**inputs(images=2, sounds=2))
+    for hook in hooks:
+        hook.remove()
+    for name, module in linears.items():
+        if not module.use_clipped_linears:
             continue
-        parent, _, name = path.rpartition(".")
-        ranges = (torch.rand(4, generator=generator) * (high - low) + low) * torch.tensor(
-            [-1, 1, -1, 1]
-        )
-        if name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
-            ranges[:2] = shared.setdefault(parent, ranges)[:2]
-        for buffer, value in zip(RANGES, ranges, strict=True):
-            getattr(module, buffer).fill_(value)
+        for values, ends in zip(seen[name], (RANGES[:2], RANGES[2:]), strict=True):
+            share = 0.02 + 0.06 * torch.rand(2, generator=generator)
+            if ends == RANGES[:2] and name.rpartition(".")[2][0] in "qkvgu":
+                share = torch.tensor([0.04, 0.06])
+            sample = values.flatten()[:: max(1, values.numel() // 4096)]
+            getattr(module, ends[0]).fill_(sample.quantile(share[0].item()))
+            getattr(module, ends[1]).fill_(sample.quantile(1 - share[1].item()))
     return model
 
 
-def model(*, clipped: bool = True, **changes: Any) -> Any:
+def model(*, clipped: bool = True, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A tiny model with both towers, its clipped linears clipping."""
     made = tiny_model("conditional", **changes)
-    return clip(made) if clipped else made
+    with torch.no_grad():  # patches that differ by more than their pixels
+        made.model.vision_tower.patch_embedder.position_embedding_table.normal_()
+        for name, parameter in made.named_parameters():
+            if "_tower." in name and parameter.dim() > 1:
+                parameter.mul_(4)  # the towers' own initial weights are small
+            if name.endswith("per_dim_scale"):
+                parameter.normal_()
+    return (clip(made) if clipped else made).to(dtype)
 
 
 def inputs(*, images: int = 0, sounds: int = 0, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -189,3 +205,30 @@ def inputs(*, images: int = 0, sounds: int = 0, seed: int = 0) -> dict[str, torc
     )
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     return {**batch, "labels": labels}
+
+
+def tower_gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What a tower and its embedder give for a batch's media, and the gradient of every parameter
+    for a fixed random direction, by name; the features themselves under "features"."""
+    model.zero_grad()
+    inner = getattr(model, "get_base_model", lambda: model)().model
+    if "pixel_values" in batch:
+        out = inner.get_image_features(batch["pixel_values"], batch["image_position_ids"])
+        features = torch.cat(list(out.pooler_output))
+    else:
+        out = inner.get_audio_features(batch["input_features"], batch["input_features_mask"])
+        features = out.pooler_output[out.attention_mask]
+    direction = torch.randn(features.shape, generator=torch.Generator().manual_seed(7))
+    if features.requires_grad:
+        (features.float() * direction.to(features.device)).sum().backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"features": features.detach(), **grads}
+
+
+def total_error(got: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> float:
+    """Relative errors of everything, in the root of their squares."""
+    assert got.keys() == truth.keys() and len(got) > 1
+    errors = [
+        ((got[n].double() - t.double()).norm() / t.double().norm()).item() for n, t in truth.items()
+    ]
+    return math.sqrt(sum(error**2 for error in errors))

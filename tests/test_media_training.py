@@ -101,8 +101,11 @@ def test_stock_and_applied_end_in_the_same_place(kind, tmp_path):
     for tower, used in (("vision_tower", kind != "sounds"), ("audio_tower", kind != "images")):
         moved = [n for n, w in weights.items() if tower in n and "lora_B" in n and w.any()]
         assert bool(moved) == used, tower
-    for name, expected_weight in expected_weights.items():
-        torch.testing.assert_close(weights[name], expected_weight, rtol=1e-2, atol=1e-4)
+    # together: Adam makes whole steps of what is nearly nothing, in whichever direction it rounds
+    got, expected = (
+        torch.cat([w[n].flatten() for n in weights]) for w in (weights, expected_weights)
+    )
+    assert (got - expected).norm() < 3e-3 * expected.norm()
 
 
 def test_full_fine_tuning_with_images(tmp_path):
@@ -130,10 +133,12 @@ def test_adapters_go_back_to_stock(tmp_path):
     made.train()
     inputs = media.inputs(images=1, sounds=1)
     made.model.save_pretrained(tmp_path)
-    expected = made.model.eval()(**inputs).logits
+    attended = inputs["attention_mask"].bool()  # padding gives what it gives
+    expected = made.model.eval()(**inputs).logits[attended]
     report.restore()
     stock = PeftModel.from_pretrained(media.model().eval(), tmp_path)
-    torch.testing.assert_close(stock(**inputs).logits, expected, rtol=1e-3, atol=1e-3)
+    got = stock(**inputs).logits[attended]
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_text_only_run_leaves_the_towers_alone(tmp_path):

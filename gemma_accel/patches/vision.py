@@ -1,13 +1,251 @@
-"""The vision modality: what is replaced, in the order of installation."""
+"""The vision modality: the encoder's layers, and the table of contents of its patches.
+
+A stock layer launches about ninety elementwise kernels: fourteen clamps around its seven products,
+seven norms, two rotations in two dimensions. Here there are six: the pre-norm with the clamp of
+what it feeds; q, k and v's clamps, norms and rotation; attention's clamp; each joint with the
+clamps on its two sides; the gated activation with its three. What a product takes is held by
+whoever made it, what it gives by whoever takes it, so no clamp is a pass of its own.
+
+A frozen tower needs no patch to stay out of autograd: its pixels want no gradient and its ops keep
+nothing then.
+"""
 
 from __future__ import annotations
 
-from gemma_accel.hookspecs import Patch, hookimpl
-from gemma_accel.patches.clipped import clipped_adapters_patch
+from typing import Any
 
-__all__ = ["gemma_accel_patches"]
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma4.modeling_gemma4 import (
+    Gemma4RMSNorm,
+    Gemma4VisionAttention,
+    Gemma4VisionEncoderLayer,
+    Gemma4VisionMLP,
+    eager_attention_forward,
+)
+
+from gemma_accel.hookspecs import Patch, hookimpl
+from gemma_accel.kernels.clip import EVERYTHING, Range, clip
+from gemma_accel.kernels.clip_geglu import clip_geglu
+from gemma_accel.kernels.clip_norm import clip_norm
+from gemma_accel.kernels.clip_norm_add import clip_norm_add
+from gemma_accel.kernels.vision_qkv import vision_qkv
+from gemma_accel.patches.clipped import (
+    FusedGemma4ClippableLinear,
+    TowerLora,
+    TowerSwap,
+    call_each,
+    clipped_adapters_patch,
+    held,
+    project_held,
+    shared_input,
+    watched,
+)
+from gemma_accel.patches.dtypes import why_not_dtype
+from gemma_accel.patches.seams import ClassSwap, Fused
+
+__all__ = [
+    "FusedGemma4VisionAttention",
+    "FusedGemma4VisionEncoderLayer",
+    "FusedGemma4VisionMLP",
+    "gemma_accel_patches",
+]
+
+
+class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
+    project = staticmethod(call_each)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        *,
+        joined: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not joined and not self.joins():
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, position_ids, **kwargs
+            )
+        query, key, value = self._qkv(hidden_states, *position_embeddings, joined=joined)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        out, weights = interface(
+            self,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        out = out.reshape(*hidden_states.shape[:-1], -1)
+        out = clip(out, self._held(out)[3].input)
+        (out,) = self.project(out, self.o_proj.linear)
+        return (out if joined else clip(out, self.gives(out))), weights
+
+    def joins(self) -> bool:
+        """Whether the modules inside are what their ops stand in for: PEFT and hooks may differ."""
+        norms = self.q_norm, self.k_norm, self.v_norm
+        return all(isinstance(norm, Gemma4RMSNorm) for norm in norms) and not watched(*self._own())
+
+    def takes(self, x: Tensor) -> Range:
+        """Where a layer is to hold this block's input, in the dtype of ``x``."""
+        return shared_input(*self._held(x)[:3]) or EVERYTHING
+
+    def gives(self, x: Tensor) -> Range:
+        """Where a layer is to hold this block's output ``x``."""
+        return self._held(x)[3].output
+
+    def _own(self) -> tuple[Any, ...]:
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
+
+    def _held(self, x: Tensor) -> Any:
+        return held(self, self._own(), x.dtype)
+
+    def _qkv(self, x: Tensor, cos: Tensor, sin: Tensor, *, joined: bool) -> tuple[Tensor, ...]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normed, and the first two turned."""
+        linears, ranges = self._own()[:3], self._held(x)[:3]
+        products = project_held(self.project, x, linears, ranges, is_held=joined)
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        q_held, k_held, v_held, _ = self._held(products[0])
+        return vision_qkv(
+            *(product.view(shape) for product in products),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            cos,
+            sin,
+            eps=self.q_norm.eps,
+            q_range=q_held.output,
+            k_range=k_held.output,
+            v_range=v_held.output,
+        )
+
+
+class FusedGemma4VisionMLP(Fused, Gemma4VisionMLP):
+    project = staticmethod(call_each)
+
+    def forward(self, x: Tensor, *, joined: bool = False) -> Tensor:
+        if not joined and not self.joins():
+            return super().forward(x)
+        linears, ranges = self._own()[:2], self._held(x)[:2]
+        gate, up = project_held(self.project, x, linears, ranges, is_held=joined)
+        gate_held, up_held, down_held = self._held(gate)
+        x = clip_geglu(
+            gate,
+            up,
+            gate_range=gate_held.output,
+            up_range=up_held.output,
+            after=down_held.input,
+        )
+        (x,) = self.project(x, self.down_proj.linear)
+        return x if joined else clip(x, self.gives(x))
+
+    def joins(self) -> bool:
+        return not watched(*self._own())
+
+    def takes(self, x: Tensor) -> Range:
+        return shared_input(*self._held(x)[:2]) or EVERYTHING
+
+    def gives(self, x: Tensor) -> Range:
+        return self._held(x)[2].output
+
+    def _own(self) -> tuple[Any, ...]:
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    def _held(self, x: Tensor) -> Any:
+        return held(self, self._own(), x.dtype)
+
+
+class FusedGemma4VisionEncoderLayer(Fused, Gemma4VisionEncoderLayer):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        attention, mlp = self.self_attn, self.mlp
+        if not self._joins(attention, mlp):
+            return super().forward(
+                hidden_states, position_embeddings, attention_mask, position_ids, **kwargs
+            )
+        first, second = self.input_layernorm, self.pre_feedforward_layernorm
+        attended, _ = attention(
+            hidden_states=clip_norm(
+                hidden_states,
+                first.weight,
+                eps=first.eps,
+                after=attention.takes(hidden_states),
+            ),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            joined=True,
+            **kwargs,
+        )
+        norm = self.post_attention_layernorm
+        hidden_states, normed = clip_norm_add(
+            attended,
+            hidden_states,
+            norm.weight,
+            second.weight,
+            eps=norm.eps,
+            before=attention.gives(attended),
+            after=mlp.takes(hidden_states),
+        )
+        out = mlp(normed, joined=True)
+        norm = self.post_feedforward_layernorm
+        return clip_norm_add(out, hidden_states, norm.weight, eps=norm.eps, before=mlp.gives(out))
+
+    def _joins(self, attention: Any, mlp: Any) -> bool:
+        norms = (
+            self.input_layernorm,
+            self.post_attention_layernorm,
+            self.pre_feedforward_layernorm,
+            self.post_feedforward_layernorm,
+        )
+        return (
+            isinstance(attention, FusedGemma4VisionAttention)
+            and isinstance(mlp, FusedGemma4VisionMLP)
+            and attention.joins()
+            and mlp.joins()
+            and all(isinstance(norm, Gemma4RMSNorm) for norm in norms)
+        )
+
+
+def _why_not_attention(attention: Gemma4VisionAttention) -> str | None:
+    if attention.head_dim % 4:
+        return f"heads are {attention.head_dim} wide; the kernel turns them by quarters"
+    return why_not_dtype(attention.q_norm.weight)
+
+
+def _why_not_mlp(mlp: Gemma4VisionMLP) -> str | None:
+    if (activation := mlp.config.hidden_activation) != "gelu_pytorch_tanh":
+        return f"activation is {activation!r}; the kernel computes 'gelu_pytorch_tanh'"
+    return None
+
+
+def _why_not_layer(layer: Gemma4VisionEncoderLayer) -> str | None:
+    return why_not_dtype(layer.input_layernorm.weight)
 
 
 @hookimpl
 def gemma_accel_patches() -> list[Patch]:
-    return [clipped_adapters_patch]
+    return [
+        clipped_adapters_patch,
+        TowerSwap("vision_clipped_linear", "vision", "vision_tower", FusedGemma4ClippableLinear),
+        ClassSwap("vision_attention", "vision", FusedGemma4VisionAttention, _why_not_attention),
+        ClassSwap("vision_mlp", "vision", FusedGemma4VisionMLP, _why_not_mlp),
+        ClassSwap("vision_layer", "vision", FusedGemma4VisionEncoderLayer, _why_not_layer),
+        TowerLora(
+            "vision_lora",
+            "vision",
+            {Gemma4VisionAttention: "vision_attention", Gemma4VisionMLP: "vision_mlp"},
+        ),
+    ]

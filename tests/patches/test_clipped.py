@@ -3,7 +3,9 @@ stock PEFT."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -11,13 +13,22 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model, inject_adapte
 from peft.tuners.tuners_utils import BaseTuner
 
 import gemma_accel
+from gemma_accel.patches import clipped
 from gemma_accel.patches.clipped import prepare_for_peft
 from tests import media
 from tests.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("references")
 
-STOCK_INJECT = BaseTuner.inject_adapter
+STOCK_INJECT = inspect.unwrap(BaseTuner.inject_adapter)
+
+
+@pytest.fixture(autouse=True)
+def _no_other_model(monkeypatch):
+    """Models of other tests may still be prepared."""
+    monkeypatch.setattr(BaseTuner, "inject_adapter", STOCK_INJECT)
+    monkeypatch.setattr(clipped, "_stock_inject", None)
+    monkeypatch.setattr(clipped, "_prepared", WeakKeyDictionary())
 
 
 @pytest.fixture
