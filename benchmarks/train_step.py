@@ -267,24 +267,20 @@ class Worker:
         return self.until("done") and self.until("ready")
 
 
-def run_work(specs: list[dict], logs: Path) -> list[Worker]:
-    """Start every stack's worker, one after another, then give them steps in turn until all are through."""
-    workers = []
-    for index, spec in enumerate(specs):
-        worker_ = Worker(spec, logs / f"{spec['work']}-{spec['stack']}-{spec['label']}-{index}.log")
-        worker_.alive = worker_.until("ready")
-        workers.append(worker_)
+def run_work(workers: list[Worker]) -> None:
+    """Wait until every stack's worker is loaded, then give them steps in turn until all are through."""
+    for w in workers:
+        w.alive = w.until("ready")
     while any(w.alive for w in workers):
         for w in workers:
             if w.alive:
                 w.alive = w.step()
-    return workers
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--works", nargs="+", default=["W1"])
+    parser.add_argument("--works", nargs="+", default=["W1"], help="W1, or W1=trl,gemma_accel@7 for stacks of its own")
     parser.add_argument(
         "--stacks",
         nargs="+",
@@ -293,7 +289,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--float32", action="store_true", help="TRL's default for a model given by name")
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--directory", default="/dev/shm")
@@ -305,14 +301,23 @@ def main() -> None:
     logs = Path(options.directory) / "logs"
     logs.mkdir(exist_ok=True)
     results = []
-    for name in options.works:
-        work = WORKS[name]
-        path = _build_apart(work.model, options.directory)
-        specs = [_spec(options, name, stack, path) for stack in options.stacks]
-        finished = run_work(specs, logs)
-        rows = [_row(work, w) for w in finished]
+    # all workers of all works start and load side by side, and wait; the works' steps then run one work after the other
+    jobs = []
+    for job in options.works:
+        name, _, stacks = job.partition("=")
+        path = _build_apart(WORKS[name].model, options.directory)
+        workers = []
+        for stack in stacks.split(",") if stacks else options.stacks:
+            for seed in options.seeds:
+                spec = _spec(options, name, stack, path, seed)
+                number = sum(len(others) for _, others in jobs) + len(workers)
+                workers.append(Worker(spec, logs / f"{number:02}-{name}-{spec['stack']}.log"))
+        jobs.append((name, workers))
+    for name, workers in jobs:
+        run_work(workers)
+        rows = [_row(WORKS[name], w) for w in workers]
         for row in rows:
-            base = next((r for r in rows if r["stack"] == "trl" and "step_s" in r), None)
+            base = next((r for r in rows if r["stack"] == "trl" and r["seed"] == row["seed"] and "step_s" in r), None)
             if base and "step_s" in row:
                 row["speedup_over_trl"] = base["step_s"] / row["step_s"]
         results += rows
@@ -327,7 +332,7 @@ def _build_apart(model: str, directory: str) -> str:
     return str(Path(directory) / f"gemma4-{model}-random")
 
 
-def _spec(options, name: str, stack: str, path: str) -> dict:
+def _spec(options, name: str, stack: str, path: str, seed: int) -> dict:
     label = stack
     stack, _, cap = stack.partition("@")
     stack, _, vram = stack.partition(":")
@@ -340,7 +345,7 @@ def _spec(options, name: str, stack: str, path: str) -> dict:
         "checkpoint": path,
         "steps": options.steps,
         "warmup": options.warmup,
-        "seed": options.seed,
+        "seed": seed,
         "float32": options.float32,
         "profile": options.profile,
         "output_dir": str(Path(options.directory) / "out"),

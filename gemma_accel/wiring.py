@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from gemma_accel.hotpath import remembered
 from gemma_accel.models import base_model, is_gemma4, text_model
 from gemma_accel.report import Report
 
@@ -106,6 +107,8 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
             _prepare(self, self.model, self.args, self.train_dataset, report)  # built before `apply`
         if report is not None:
             _attach(self, report)
+            with remembered(self.model):
+                return original(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     return train
@@ -125,6 +128,7 @@ def _report_for(model: Any) -> Report | None:
 def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Report) -> None:
     """Everything that must be settled between PEFT's wrapping and the optimizer."""
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
+    from gemma_accel.patches.lm_head import FULL_LOGITS
     from gemma_accel.patches.lora import stepped_aside
     from gemma_accel.patches.towers import settle_towers
 
@@ -138,6 +142,8 @@ def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Rep
     report.note("towers", settle_towers(base, trainer, dataset))
     for path, reason in stepped_aside(base):
         report.skip("lora", "text", path, reason)
+    if type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl"):
+        setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits
     trainer._gemma_accel_prepared = True
 
 

@@ -6,6 +6,7 @@ from gemma_accel.hookspecs import Patch, hookimpl
 from gemma_accel.patches.attention import attention_patch
 from gemma_accel.patches.checkpointing import checkpointing_patch
 from gemma_accel.patches.decoder import decoder_layer_patch, geglu_patch, qk_norm_rope_patch
+from gemma_accel.patches.lm_head import lm_head_patch
 from gemma_accel.patches.lora import lora_patch
 from gemma_accel.patches.norms import rms_norm_patch
 from gemma_accel.patches.per_layer import per_layer_patch
@@ -24,4 +25,5 @@ def gemma_accel_patches() -> list[Patch]:
         lora_patch,
         attention_patch,
         checkpointing_patch,
+        lm_head_patch,
     ]
