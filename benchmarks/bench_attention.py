@@ -204,22 +204,17 @@ def t(m, n, warps, stages, flags="", **more):
 
 
 CANDIDATES = {
-    ("fwd", 512): [
-        t(128, 32, 8, 2, parts=2), t(128, 32, 8, 2, "e", parts=2), t(64, 32, 8, 2, "u"), t(128, 16, 8, 3, parts=2),
-    ],
-    ("fwd", 256): [t(128, 64, 8, 2), t(128, 32, 8, 4)],
-    ("dq", 512): [
-        t(64, 32, 8, 1, "eu"), t(64, 64, 8, 1, "eu"), t(64, 16, 8, 2, "eu"), t(64, 32, 8, 1, "u"), t(64, 16, 8, 2, "u"),
-    ],
-    ("dq", 256): [t(128, 32, 8, 2), t(128, 64, 8, 1, "e"), t(128, 32, 8, 3), t(64, 64, 4, 1, "e"), t(64, 32, 4, 1)],
+    ("fwd", 512): [t(128, 32, 8, 2, parts=2), t(64, 32, 8, 2, "u")],
+    ("fwd", 256): [t(128, 64, 8, 2)],
+    ("dq", 512): [t(64, 32, 8, 1, "eu"), t(64, 64, 8, 1, "eu")],
+    ("dq", 256): [t(128, 32, 8, 3), t(128, 32, 8, 3, "e"), t(128, 32, 8, 2)],
     ("dkv", 512): [
         t(64, 32, 8, 1, "euf"), t(64, 32, 8, 1, "uf"), t(32, 64, 8, 1, "eusd"), t(64, 64, 8, 1, "eusd"), t(64, 16, 8, 1, "euf"),
-        t(64, 16, 8, 2, "euf"),
     ],
     ("dkv", 256): [
         t(64, 32, 8, 2, "uf"), t(64, 32, 8, 2, "euf"), t(128, 32, 8, 1, "ef"), t(64, 32, 8, 2, "ef"), t(64, 64, 8, 1, "euf"),
-        t(64, 16, 8, 2, "euf"), t(64, 32, 4, 2, "ef"), t(128, 32, 8, 1, "f"), t(32, 64, 4, 2, "es", dv_stages=2), t(64, 64, 8, 2, "e"),
-        t(64, 32, 8, 2, "e"), t(16, 64, 4, 2, "es", dv_stages=2), t(64, 64, 8, 2, "euf"), t(64, 32, 4, 1, "f"),
+        t(64, 64, 8, 2, "euf"), t(64, 64, 8, 2, "uf"), t(64, 16, 8, 2, "euf"), t(64, 16, 8, 3, "uf"), t(64, 32, 4, 2, "ef"),
+        t(32, 64, 4, 2, "es", dv_stages=2), t(64, 64, 8, 2, "e"), t(64, 32, 8, 2, "e"), t(128, 32, 8, 1, "euf"),
     ],
 }  # fmt: skip
 SHAPES = {
@@ -254,11 +249,19 @@ def runner(kind, case, tile):
 
 
 def compile_ahead(job):
+    """In a process of its own, so that what a candidate breaks stays broken there: compiles it and checks its result."""
     kind, size, tile = job
     try:
-        runner(kind, Case("", 1, 256, size), tile)()
-        torch.cuda.synchronize()
-        return None
+        case = Case("", 1, 208, size, window=100)
+        results = [x for x in runner(kind, case, tile)() if x is not None]
+        torch.manual_seed(1)
+        inputs = [x.detach().float().requires_grad_() for x in case.inputs()]
+        out = module.attention_ref(*inputs, window=100)
+        dout = torch.randn(1, 208, case.N, size, device="cuda", dtype=torch.bfloat16).float()
+        grads = torch.autograd.grad(out, inputs, dout)
+        expected = {"fwd": (out,), "dq": grads[:1], "dkv": grads[1:]}[kind]
+        off = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(results, expected, strict=False))
+        return None if off < 0.02 else f"WRONG by {off:.2g}"
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:90]}"
 
@@ -267,7 +270,6 @@ def sweep(only: str = ""):
     jobs = [(kind, size, tile) for (kind, size), tiles in CANDIDATES.items() if only in f"{kind}{size}" for tile in tiles]
     with ProcessPoolExecutor(min(12, os.cpu_count()), mp_context=get_context("spawn")) as pool:
         errors = list(pool.map(compile_ahead, jobs))
-    expected = {}
     print(versions()["card"])
     for (kind, size, tile), error in zip(jobs, errors, strict=True):
         line = f"{kind}{size} {tile.block_m:3}x{tile.block_n:<3} w{tile.num_warps} s{tile.num_stages} "
@@ -278,13 +280,9 @@ def sweep(only: str = ""):
             print(line, error)
             continue
         for case in SHAPES[size]:
-            call = runner(kind, case, tile)
-            result = [x for x in call() if x is not None][-1].float()
-            reference = expected.setdefault((kind, case), result)
-            off = ((result - reference).norm() / reference.norm()).item()
-            ms = milliseconds(call, rep=25)
+            ms = milliseconds(runner(kind, case, tile), rep=25)
             flops = case.flops * {"fwd": 1.0, "dq": 1.5, "dkv": 2.0}[kind]
-            line += f" | {case.name} {ms:7.3f} ms {flops / ms / 1e9:4.0f} TF/s" + ("" if off < 0.01 else f" WRONG {off:.2g}")
+            line += f" | {case.name} {ms:7.3f} ms {flops / ms / 1e9:4.0f} TF/s"
         module._tiles_on = DEFAULT
         print(line, flush=True)
 

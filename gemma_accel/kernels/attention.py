@@ -234,11 +234,10 @@ def _dq_loop(
 ):  # fmt: skip
     for i in range(blocks):
         start = _start(i, begin, full_begin, full, right, BLOCK_N, MASKED)
-        # V is done with before K arrives, so that without pipelining the two share their place in shared memory
-        v = _keys(v_base, start, v_row_stride, v_tile, T, BLOCK_N, MASKED)
-        dp = _dot_t(do, v, T, UNCHAIN, PRECISION)
         k = _keys(k_base, start, k_row_stride, k_tile, T, BLOCK_N, MASKED)
+        v = _keys(v_base, start, v_row_stride, v_tile, T, BLOCK_N, MASKED)
         scores = _dot_t(q, k, T, UNCHAIN, PRECISION)
+        dp = _dot_t(do, v, T, UNCHAIN, PRECISION)
         p = tl.math.exp2(scores * scale_log2 - lse[:, None])
         if MASKED:
             s = start + tl.arange(0, BLOCK_N)
@@ -359,6 +358,10 @@ def _dkv_loop(
             p = tl.math.exp2(scores * scale_log2 - lse[None, :])
             if MASKED:
                 p = tl.where((t[None, :] >= s[:, None]) & (t[None, :] <= hi[:, None]), p, 0.0)
+        # dS is rounded before dV's product, so that it finds its place in shared memory while dO still holds its own: were
+        # it to take dO's, ptxas 12.8 mixes up the two matrix descriptors that then start alike (seen: dK wrong at H 512)
+        if WANT_DK:
+            ds = (p * (dp - (delta[:, None] if FLIP else delta[None, :]))).to(q.dtype)
         if WANT_DV:
             if not WANT_DK:
                 do = _rows(do_base, start, do_row_stride, do_tile, T, BLOCK_M, GROUP, GROUP_PAD, MASKED)
@@ -368,11 +371,9 @@ def _dkv_loop(
                 dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
         if WANT_DK:
             if FLIP:
-                ds = p * (dp - delta[:, None])
-                dk = tl.dot(tl.trans(q), ds.to(q.dtype), dk, input_precision=PRECISION)
+                dk = tl.dot(tl.trans(q), ds, dk, input_precision=PRECISION)
             else:
-                ds = p * (dp - delta[None, :])
-                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+                dk = tl.dot(ds, q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -531,7 +532,7 @@ def tiles(capability: int, head_size: int, itemsize: int) -> Tiles | None:
                 Tile(64, 32, 8, 1, edges=False, unchain=True, flip=True),
             )
         if head_size == 256:
-            return Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 32, 8, 2, unchain=True, flip=True))
+            return Tiles(Tile(128, 64, 8, 2), Tile(128, 32, 8, 3), Tile(64, 32, 8, 2, unchain=True, flip=True))
     if head_size == 512:
         return Tiles(
             Tile(32, 32, 8, 2, edges=False), Tile(32, 16, 4, 2, edges=False), Tile(16, 16, 4, 2, edges=False)
