@@ -1,0 +1,925 @@
+"""verify(): does this model, on this card, train the same with the patches as without?
+
+The model itself is the reference: a second one would not fit an 8 GB card. Its patches are taken out,
+a small batch runs stock, and then the patches come back one after the other, in the order in which
+`apply` installs them; after each the batch runs again. A patch after which something is off is named,
+taken out again, and the next is tried without it.
+
+*What is compared.* Two runs in bfloat16 drift apart layer by layer until a fault of a few per cent
+drowns, so a patched run is brought back on course at every layer: the stock run's hidden state is
+what enters it, and the stock run's gradient is what enters its backward. What a layer makes of them
+(its output, its attention's, its MLP's, the gradient it hands down and those of its parameters) then
+differs by that layer's own rounding alone. The loss is compared in a run that is left to itself, and
+so are the gradients, as one vector, with all patches in.
+
+*The budget.* Stock is nudged: the same runs, with every hidden state and gradient that enters a layer
+moved by up to half a unit in the last place of the dtype that the model computes in. What that
+changes is what rounding alone can do to each quantity. Two correct computations round independently,
+so they differ by sqrt(2) times one's own error, and the largest of many errors spreads by about 2
+from draw to draw: a patched run may differ by 4 times the nudged runs' largest difference. Layers of one
+kind share their budget. Three numbers are held so: the difference's 2-norm, its largest element, and
+its part along stock's own value, which random rounding does not have and a wrong factor does. Where
+nudging moves nothing, a unit in the last place is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.gemma4.modeling_gemma4 import (
+    Gemma4AudioLayer,
+    Gemma4TextDecoderLayer,
+    Gemma4VisionEncoderLayer,
+)
+
+from gemma_accel.budget import memory_budget
+from gemma_accel.errors import BudgetError, GemmaAccelError
+from gemma_accel.hookspecs import Patch, Undo
+from gemma_accel.models import base_model, model_device, text_model
+from gemma_accel.patches.per_layer import HostPerLayerEmbedding
+from gemma_accel.patches.seams import Fused
+from gemma_accel.patching import _at, _candidates, _refuse_foreign, registry, report_of
+from gemma_accel.report import Report
+
+__all__ = ["Measure", "Row", "Verification", "VerificationError", "verify", "verify_before_training"]
+
+MULTIPLE = 4
+"""How many times the nudged runs' difference a patched run may differ: see the module's docstring."""
+
+DRAWS = 2
+"""Nudged runs. Each gives a number a layer; layers of a kind are pooled."""
+
+EVERYTHING = "all together"
+
+
+class VerificationError(GemmaAccelError):
+    """The patched model does not train as the stock model does, or that cannot be found out."""
+
+
+# --- what comes out -----------------------------------------------------------------------------
+
+
+class Measure(NamedTuple):
+    """The quantity that came closest to its budget, or went furthest over it."""
+
+    error: float
+    budget: float
+    where: str
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget
+
+
+_NOTHING = Measure(0.0, 0.0, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One patch, tried on top of those before it that were found good.
+
+    Attributes:
+        places: in how many modules it sits.
+        loss: relative difference of the loss, of a run left to itself.
+        output: worst relative difference of a layer's or block's output, from stock's input.
+        gradient: worst relative difference of a gradient, from stock's input and gradient.
+        reason: why it failed or was not tried, where the numbers do not say it.
+    """
+
+    patch: str
+    modality: str
+    places: int
+    loss: Measure = _NOTHING
+    output: Measure = _NOTHING
+    gradient: Measure = _NOTHING
+    reason: str = ""
+    tried: bool = True
+
+    @property
+    def loss_error(self) -> float:
+        return self.loss.error
+
+    @property
+    def gradient_error(self) -> float:
+        return self.gradient.error
+
+    @property
+    def budget(self) -> float:
+        """The budget of the worst gradient."""
+        return self.gradient.budget
+
+    @property
+    def ok(self) -> bool:
+        return not self.reason and self.loss.ok and self.output.ok and self.gradient.ok
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What `verify` found: print it.
+
+    Attributes:
+        rows: one a patch, in the order of installation, and a last one for all of them together.
+        notes: what was not looked at, and why.
+    """
+
+    rows: list[Row]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(row.ok for row in self.rows)
+
+    @property
+    def guilty(self) -> list[str]:
+        """The patches with which the model no longer does what stock does, the first one first."""
+        return [row.patch for row in self.rows if row.tried and not row.ok]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain lists and dictionaries, ready for JSON."""
+        rows = []
+        for row in self.rows:
+            entry = {**dataclasses.asdict(row), "ok": row.ok}
+            for name in ("loss", "output", "gradient"):
+                entry[name] = getattr(row, name)._asdict()
+            rows.append(entry)
+        return {"ok": self.ok, "guilty": self.guilty, "rows": rows, "notes": self.notes}
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        out = io.StringIO()
+        Console(file=out, width=120, force_terminal=False).print(self)
+        return out.getvalue().rstrip()
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        from rich.table import Table
+
+        table = Table(title="patched against stock", title_justify="left")
+        for column in ("patch", "places", "loss", "outputs", "gradients", ""):
+            table.add_column(column, justify="right" if column == "places" else "left")
+        for row in self.rows:
+            if not row.tried:
+                table.add_row(row.patch, str(row.places), "", "", "", row.reason)
+                continue
+            cells = [_cell(m) for m in (row.loss, row.output, row.gradient)]
+            verdict = "ok" if row.ok else f"WRONG: {row.reason or _worst(row).where}"
+            table.add_row(row.patch, str(row.places), *cells, verdict)
+        yield table
+        yield "each cell: relative difference / what rounding alone may do"
+        yield from self.notes
+
+
+def _cell(measure: Measure) -> str:
+    return f"{measure.error:.1e} / {measure.budget:.1e}" if measure.where else "-"
+
+
+def _worst(row: Row) -> Measure:
+    return next((m for m in (row.output, row.gradient, row.loss) if not m.ok), row.output)
+
+
+# --- verify -------------------------------------------------------------------------------------
+
+
+def verify(model: Any, *, rtol: float | None = None) -> Verification:
+    """Run a small batch through the model patched and stock, and say, patch by patch, whether they agree.
+
+    Args:
+        model: what `apply` takes, applied or not: where it is not, the patches that `apply` would
+            install are tried. It is left exactly as it was.
+        rtol: a relative difference to allow everywhere, instead of the budget that is measured.
+
+    Returns:
+        A `Verification`: ``.ok``, ``.rows``, ``.guilty``; `print` it.
+
+    Raises:
+        UnsupportedModelError, ForeignPatchError: as `apply`.
+        VerificationError: somebody wrapped a patched module, so the stock model cannot be had; or
+            the stock model itself gives no finite loss.
+    """
+    base = base_model(model)
+    patches = _Patches(base)
+    device = model_device(base)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_kept(model))
+        stack.enter_context(patches)
+        stack.enter_context(_gradients_aside(model))
+        stack.enter_context(_adapters_awake(model))
+        stations = stack.enter_context(_Stations(base))
+        model.train()
+        probes, notes = _probes(model, base, device)
+        return Verification(_Comparison(model, patches, stations, probes, rtol).rows(), notes)
+
+
+def verify_before_training(trainer: Any) -> Verification | None:
+    """`verify` as the first step of a run, where ``GEMMA_ACCEL_VERIFY=1`` asks for it; call it before the optimizer's first step.
+
+    Raises:
+        VerificationError: it does not agree; names the patch.
+    """
+    if os.environ.get("GEMMA_ACCEL_VERIFY", "0") in ("", "0"):
+        return None
+    accelerator = getattr(trainer, "accelerator", None)
+    with accelerator.autocast() if accelerator is not None else contextlib.nullcontext():
+        result = verify(trainer.model)
+    if not result.ok:
+        names = [name for name in result.guilty if name != EVERYTHING]
+        left_out = ", ".join(map(repr, names))
+        remedy = (
+            f"Leave out {left_out} (apply(patches=[...]) takes the names of those to install)"
+            if names
+            else "Train without gemma_accel (GEMMA_ACCEL_DISABLE=1)"
+        )
+        raise VerificationError(
+            f"the model does not train as stock does with {left_out or 'all patches in'}; nothing was trained. "
+            f"{remedy}, and report this with the table:\n{result}"
+        )
+    if (report := report_of(trainer.model)) is not None:
+        report.note("verified", f"{len(result.rows)} comparisons with stock, all within rounding")
+    return result
+
+
+class _Comparison:
+    """The runs of one `verify`, in their order."""
+
+    def __init__(
+        self,
+        model: Any,
+        patches: _Patches,
+        stations: _Stations,
+        probes: list[_Probe],
+        rtol: float | None,
+    ) -> None:
+        self.model, self.patches, self.stations = model, patches, stations
+        self.probes, self.rtol = probes, rtol
+        self.noise: dict[str, Tensor] = {}
+        self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+
+    def rows(self) -> list[Row]:
+        self.patches.take_out()
+        for probe in self.probes:
+            self._run(probe, "record")
+            if not torch.isfinite(probe.tape["loss"]).all():
+                raise VerificationError(
+                    f"the stock model's own loss on the {probe.name} probe is {probe.tape['loss'].item()}: there is "
+                    "nothing to compare with. Check the weights."
+                )
+        for draw in range(DRAWS):
+            for probe in self.probes:
+                for mode in ("free", "held"):
+                    for key, error in self._run(probe, mode, nudge=draw + 1).items():
+                        kind = _kind(key)
+                        known = self.noise.get(kind)
+                        self.noise[kind] = error if known is None else torch.maximum(known, error)
+        rows = []
+        bad: set[str] = set()
+        for patch in self.patches.in_order():
+            row = self._try(patch, bad)
+            if not row.ok:
+                bad.add(patch.name)
+            rows.append(row)
+        if not bad:
+            self.patches.put_back()
+            rows.append(self._row(EVERYTHING, "", len(self.patches.places), self.probes, last=True))
+        return rows
+
+    def _try(self, patch: Patch, bad: set[str]) -> Row:
+        places = self.patches.of(patch)
+        needed = {patch.needs(place.module) for place in places} - {None}
+        if missing := sorted(needed & bad):  # type: ignore[type-var]
+            reason = f"not tried: it needs {missing[0]!r}"
+            return Row(patch.name, patch.modality, len(places), reason=reason, tried=False)
+        concerned = {_modality(place.path) for place in places}
+        probes = [probe for probe in self.probes if probe.modality in concerned]
+        if not probes:
+            reason = "not tried: see below"
+            return Row(patch.name, patch.modality, len(places), tried=False)
+        try:
+            self.patches.put_in(patch)
+            row = self._row(patch.name, patch.modality, len(places), probes)
+        except Exception as error:
+            row = Row(
+                patch.name, patch.modality, len(places), reason=f"{type(error).__name__}: {error}"
+            )
+        if not row.ok:
+            self.patches.put_out(patch)
+        return row
+
+    def _row(
+        self, name: str, modality: str, places: int, probes: list[_Probe], *, last: bool = False
+    ) -> Row:
+        found: dict[str, list[Measure]] = {"loss": [], "output": [], "gradient": []}
+        for probe in probes:
+            errors = self._run(probe, "free", backward=last)
+            errors |= self._run(probe, "held")
+            for key, error in errors.items():
+                found[_sort(key)].append(self._judge(f"{key} ({probe.name})", key, error, probe))
+        worst = {sort: max(ms, key=_ratio, default=_NOTHING) for sort, ms in found.items()}
+        return Row(name, modality, places, **worst)
+
+    def _judge(self, where: str, key: str, error: Tensor, probe: _Probe) -> Measure:
+        if self.rtol is not None:
+            budget = torch.full_like(error, self.rtol)
+        else:
+            floor = self.stations.unit * _FLOORS + 32 * torch.finfo(torch.float32).eps
+            noise = self.noise.get(_kind(key), torch.zeros_like(error))
+            budget = torch.maximum(MULTIPLE * noise, floor)
+        worst = int((error / budget).nan_to_num(nan=float("inf")).argmax())
+        return Measure(error[worst].item(), budget[worst].item(), f"{where}, {_STATISTICS[worst]}")
+
+    def _run(
+        self, probe: _Probe, mode: str, *, nudge: int = 0, backward: bool = True
+    ) -> dict[str, Tensor]:
+        """One pass; the errors of what it met, by name."""
+        torch.manual_seed(0)  # the same dropout in every run
+        stations = self.stations
+        stations.begin(probe, mode, nudge)
+        try:
+            if not self.trained:
+                with torch.no_grad():
+                    loss = probe.loss(stations)
+            else:
+                loss = probe.loss(stations)
+                if backward and loss.requires_grad:
+                    (loss * stations.loss_scale).backward()
+                    stations.gradients(self.trained)
+        finally:
+            errors = stations.end()
+            for _, parameter in self.trained:
+                parameter.grad = None
+        return errors
+
+
+_STATISTICS = ("2-norm", "largest element", "along stock's value")
+# in units in the last place: a rounding is at most half a one, and what is random averages out along stock's value
+_FLOORS = torch.tensor([1.0, 2.0, 0.25], dtype=torch.float64)
+
+
+def _ratio(measure: Measure) -> float:
+    ratio = measure.error / measure.budget if measure.budget else float("inf")
+    return ratio if ratio == ratio else float("inf")
+
+
+def _kind(key: str) -> str:
+    """Quantities that share a budget: the same one of every layer."""
+    return re.sub(r"\.\d+\b", ".#", key)
+
+
+def _sort(key: str) -> str:
+    if key == "loss":
+        return "loss"
+    return "gradient" if key.startswith("gradient") else "output"
+
+
+def errors_between(ours: Tensor, stock: Tensor) -> Tensor:
+    """Relative difference, float64 [3]: 2-norm, largest element, part along ``stock``. Not finite is infinite."""
+    s = stock.double()
+    d = ours.double() - s
+    size = torch.linalg.vector_norm(s)
+    if size == 0:
+        same = not bool(d.any())
+        return torch.full((3,), 0.0 if same else float("inf"), dtype=torch.float64)
+    along = (d * s).sum().abs() / size**2
+    errors = torch.stack((torch.linalg.vector_norm(d) / size, d.abs().max() / s.abs().max(), along))
+    return errors.cpu().nan_to_num(nan=float("inf"))
+
+
+# --- the runs: what goes in ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class _Probe:
+    """A small batch, how to run it, and what the stock run gave."""
+
+    name: str
+    modality: str
+    run: Callable[[_Stations], Tensor]
+    mask: Tensor | None = None
+    tape: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def loss(self, stations: _Stations) -> Tensor:
+        loss = self.run(stations)
+        stations.loss(loss)
+        return loss
+
+
+def _probes(
+    model: Any, base: nn.Module, device: torch.device
+) -> tuple[list[_Probe], list[str]]:
+    probes = [_text_probe(model, base, device), _labelled_probe(model, base, device)]
+    notes = []
+    for name, tower, make in (
+        ("vision", "vision_tower", _image_probe),
+        ("audio", "audio_tower", _audio_probe),
+    ):
+        module = getattr(base.model, tower, None)
+        if module is None:
+            continue
+        where = next(module.parameters()).device
+        if where != device or getattr(module, "_gemma_accel_parked", None) is not None:
+            notes.append(f"{name} not looked at: its tower waits on the {where}, unused by this run")
+            continue
+        probes.append(make(base, device))
+    return probes, notes
+
+
+def _modality(path: str) -> str:
+    """Which probes reach a module."""
+    for name in ("vision", "audio"):
+        if f"{name}_tower" in path or f"embed_{name}" in path:
+            return name
+    return "text"
+
+
+def _tokens(base: nn.Module, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids of plain text tokens [2, length] and their mask: the second row is padded."""
+    config: Any = base.config
+    text = config.get_text_config()
+    tokens = min(text.vocab_size, getattr(text, "vocab_size_per_layer_input", None) or text.vocab_size)
+    special = {
+        value
+        for owner in (config, text)
+        for name, value in vars(owner).items()
+        if re.fullmatch(r".*_token_(id|index)", name) and isinstance(value, int)
+    }
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(tokens, (2, length), generator=generator)
+    while (taken := torch.isin(ids, torch.tensor(sorted(special) or [-1]))).any():
+        ids[taken] = torch.randint(tokens, (int(taken.sum()),), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, length * 3 // 4 :] = 0
+    ids[mask == 0] = text.pad_token_id or 0
+    return ids.to(device), mask.to(device)
+
+
+def _text_probe(model: Any, base: nn.Module, device: torch.device) -> _Probe:
+    """Beyond the sliding window. Every eighth position's logits only: all of them would be gigabytes."""
+    window = getattr(base.config.get_text_config(), "sliding_window", None) or 0
+    ids, mask = _tokens(base, min(window + 32, 640), device)
+    kept = torch.arange(ids.shape[1] % 8, ids.shape[1] - 1, 8, device=device)
+    targets = ids[:, kept + 1].masked_fill(mask[:, kept + 1] == 0, -100)
+
+    def run(stations: _Stations) -> Tensor:
+        out = model(input_ids=ids, attention_mask=mask, logits_to_keep=kept, use_cache=False)
+        logits = out.logits[targets != -100]
+        stations.observe("logits", logits)
+        return F.cross_entropy(logits.float(), targets[targets != -100])
+
+    return _Probe("text", "text", run, mask.bool())
+
+
+def _labelled_probe(model: Any, base: nn.Module, device: torch.device) -> _Probe:
+    """The model's own loss, of few tokens."""
+    ids, mask = _tokens(base, 24, device)
+    labels = ids.masked_fill(mask == 0, -100)
+
+    def run(stations: _Stations) -> Tensor:
+        out = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False)
+        loss: Tensor = out.loss
+        return loss
+
+    return _Probe("labels", "text", run, mask.bool())
+
+
+def _image_probe(base: nn.Module, device: torch.device) -> _Probe:
+    """Two pictures of noise through the tower and its embedder."""
+    config: Any = base.config.vision_config
+    wide, high = 4 * config.pooling_kernel_size, 3 * config.pooling_kernel_size
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.rand(2, wide * high, 3 * config.patch_size**2, generator=generator).to(device)
+    y, x = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
+    positions = torch.stack((x, y), -1).reshape(1, -1, 2).repeat(2, 1, 1).to(device)
+
+    def run(stations: _Stations) -> Tensor:
+        out = base.get_image_features(pixels, positions).pooler_output
+        features = out if isinstance(out, Tensor) else torch.cat(tuple(out))
+        return _tower_loss(stations, features)
+
+    return _Probe("vision", "vision", run)
+
+
+def _audio_probe(base: nn.Module, device: torch.device) -> _Probe:
+    """Two sounds of noise through the tower and its embedder."""
+    generator = torch.Generator().manual_seed(2)
+    frames = torch.randn(2, 96, 128, generator=generator)
+    frames = frames.to(device, next(base.model.audio_tower.parameters()).dtype)
+    mask = torch.ones(2, 96, dtype=torch.bool, device=device)
+
+    def run(stations: _Stations) -> Tensor:
+        return _tower_loss(stations, base.model.get_audio_features(frames, mask).pooler_output)
+
+    return _Probe("audio", "audio", run)
+
+
+def _tower_loss(stations: _Stations, features: Tensor) -> Tensor:
+    """A number that every feature moves: the mean of their products with fixed random ones."""
+    stations.observe("features", features)
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(features.shape, generator=generator).to(features.device)
+    return (features.float() * weights).mean() + features.float().square().mean()
+
+
+# --- the runs: what is looked at ----------------------------------------------------------------
+
+_SAMPLE = 1 << 21  # elements of a gradient that are kept and compared: spread over all of it
+_ROWS = 64  # tokens of a block's output
+
+
+class _Station(torch.autograd.Function):
+    """A point of the model's graph that `_Stations.meet` sees on the way there and back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stations: _Stations, key: str, hold: bool) -> Tensor:
+        ctx.about = stations, key, hold
+        return stations.meet(key, x, hold)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        stations, key, hold = ctx.about
+        return stations.meet(f"gradient of {key}", dy, hold), None, None, None
+
+
+class _Stations:
+    """Sits at every layer's input and behind the text layers' attention and MLP, while it is open.
+
+    Modes: ``record`` puts what comes by on the probe's tape; ``free`` looks on; ``held`` compares with the tape
+    and passes on what the tape has.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.unit = torch.finfo(torch.float32).eps
+        self.loss_scale = 1.0
+        self._handles: list[Any] = []
+        self._probe: _Probe | None = None
+        self._mode, self._nudge = "free", 0
+        self._seen: dict[str, Tensor] = {}
+
+    def __enter__(self) -> _Stations:
+        layers = (Gemma4TextDecoderLayer, Gemma4VisionEncoderLayer, Gemma4AudioLayer)
+        for path, module in self.base.named_modules():
+            if isinstance(module, layers):
+                self._before(path, module)
+            if isinstance(module, Gemma4TextDecoderLayer):
+                for name in ("self_attn", "mlp"):
+                    self._behind(f"{path}.{name}", getattr(module, name))
+        text = text_model(self.base)
+        self._before("norm", text.norm)
+        dtypes = [text.embed_tokens.weight.dtype]
+        if torch.is_autocast_enabled(text.embed_tokens.weight.device.type):
+            dtypes.append(torch.get_autocast_dtype(text.embed_tokens.weight.device.type))
+        dtypes += [m.compute_dtype for m in self.base.modules() if type(m).__name__ == "Linear4bit"]
+        self.unit = max(torch.finfo(d).eps for d in dtypes if d is not None)
+        if torch.float16 in dtypes:
+            self.loss_scale = 128.0  # as a scaler would: float16 has no small gradients
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _before(self, path: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if args:
+                return (_Station.apply(args[0], self, f"{path} input", True), *args[1:]), kwargs
+            held = _Station.apply(kwargs["hidden_states"], self, f"{path} input", True)
+            return args, {**kwargs, "hidden_states": held}
+
+        self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _behind(self, path: str, module: nn.Module) -> None:
+        def hook(_: nn.Module, args: Any, out: Any) -> Any:
+            first = out[0] if isinstance(out, tuple) else out
+            first = _Station.apply(first, self, path, False)
+            return (first, *out[1:]) if isinstance(out, tuple) else first
+
+        self._handles.append(module.register_forward_hook(hook))
+
+    def begin(self, probe: _Probe, mode: str, nudge: int) -> None:
+        self._probe, self._mode, self._nudge, self._seen = probe, mode, nudge, {}
+
+    def end(self) -> dict[str, Tensor]:
+        self._probe = None
+        return self._seen
+
+    def meet(self, key: str, x: Tensor, hold: bool) -> Tensor:
+        """Record or compare ``x``; returns what goes on from here."""
+        if self._probe is None:
+            return x.clone()
+        if self._mode == "record":
+            self._record(key, x if hold else self._rows_of(x))
+        elif self._mode == "held" and key in self._probe.tape:
+            stock = self._probe.tape[key].to(x.device)
+            if key not in self._seen:  # a checkpointed layer comes by twice
+                ours, theirs = (x, stock) if hold else (self._rows_of(x), stock)
+                self._compare(key, *(self._tokens_of(t) if hold else t for t in (ours, theirs)))
+            if hold:
+                x = stock.to(x.dtype)
+        return self._nudged(key, x) if hold and self._nudge else x.clone()
+
+    def observe(self, key: str, x: Tensor) -> None:
+        """Record or compare a result [rows, columns]."""
+        assert self._probe is not None
+        x = x.detach()[:: max(len(x) // 16, 1)]
+        if self._mode == "record":
+            self._record(key, x)
+        elif self._mode == "held":
+            self._compare(key, x, self._probe.tape[key].to(x.device))
+
+    def loss(self, loss: Tensor) -> None:
+        assert self._probe is not None
+        if self._mode == "record":
+            self._record("loss", loss.double())
+        elif self._mode == "free":
+            self._compare("loss", loss.double(), self._probe.tape["loss"].to(loss.device))
+
+    def gradients(self, trained: list[tuple[str, nn.Parameter]]) -> None:
+        """Record or compare every parameter's; in a free run all of them as one."""
+        assert self._probe is not None
+        tape = self._probe.tape
+        differences, sizes = [0.0], [0.0]
+        for name, parameter in trained:
+            key = f"gradient of {name}"
+            gradient, stock = parameter.grad, tape.get(key)
+            if self._mode == "record":
+                if gradient is not None:
+                    self._record(key, _sampled(gradient))
+            elif gradient is None or stock is None:
+                if gradient is not None or stock is not None:
+                    self._seen[key] = torch.full((3,), float("inf"), dtype=torch.float64)
+            elif self._mode == "held":
+                self._compare(key, _sampled(gradient), stock.to(gradient.device))
+            else:
+                stock, ours = stock.to(gradient.device).double(), _sampled(gradient).double()
+                differences.append((ours - stock).square().sum().item())
+                sizes.append(stock.square().sum().item())
+        if self._mode == "free" and len(sizes) > 1:
+            total = (sum(differences) / (sum(sizes) or 1.0)) ** 0.5
+            self._seen["gradient of everything"] = torch.tensor([total, 0, 0], dtype=torch.float64)
+
+    def _record(self, key: str, x: Tensor) -> None:
+        assert self._probe is not None
+        if key not in self._probe.tape:
+            self._probe.tape[key] = x.detach().to("cpu", copy=True)
+
+    def _compare(self, key: str, ours: Tensor, stock: Tensor) -> None:
+        if ours.shape != stock.shape:
+            self._seen[key] = torch.full((3,), float("inf"), dtype=torch.float64)
+        else:
+            self._seen[key] = errors_between(ours.detach(), stock)
+
+    def _tokens_of(self, x: Tensor) -> Tensor:
+        """Without padding, which may see what it likes."""
+        mask = self._probe.mask if self._probe is not None else None
+        return x[mask] if mask is not None and x.shape[:2] == mask.shape else x
+
+    def _rows_of(self, x: Tensor) -> Tensor:
+        rows = self._tokens_of(x).flatten(0, -2) if x.dim() > 1 else x
+        return rows[:: max(len(rows) // _ROWS, 1)]
+
+    def _nudged(self, key: str, x: Tensor) -> Tensor:
+        # seeded by place: a recomputed layer is nudged as it was before
+        generator = torch.Generator(x.device).manual_seed(zlib.crc32(key.encode()) + self._nudge)
+        half = (torch.rand(x.shape, generator=generator, device=x.device) - 0.5) * self.unit
+        return (x.float() * (1 + half)).to(x.dtype)
+
+
+def _sampled(gradient: Tensor) -> Tensor:
+    flat = gradient.detach().flatten()
+    return flat[:: (len(flat) // _SAMPLE) | 1] if len(flat) > _SAMPLE else flat
+
+
+# --- the model: stock, patch by patch, and as it was --------------------------------------------
+
+
+@dataclasses.dataclass
+class _Place:
+    """One patch in one module; ``undo`` while it is in."""
+
+    patch: Patch
+    path: str
+    module: nn.Module
+    undo: Undo | None = None
+
+
+class _Patches:
+    """Takes a model's patches out and puts them in; on leaving, all is as it was on entering.
+
+    An applied model keeps its report: the undos in it are exchanged for those of the last installation.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.report = report_of(base)
+        self.places: list[_Place] = []
+        self._policy = getattr(text_model(base), "memory", None)
+        self._chosen = dict(self._policy.chosen) if self._policy is not None else {}
+        if self.report is None:
+            _refuse_foreign(base)
+            found = _candidates(base, registry().patches(), Report())
+            self.places = [_Place(*candidate) for candidate in found]
+        else:
+            self._read(self.report)
+
+    def _read(self, report: Report) -> None:
+        """The places of an applied model: the report's records and, in the same order, its undos."""
+        if obstacles := [reason for check in report._checks if (reason := check())]:
+            raise VerificationError(
+                f"the stock model cannot be had for comparison: {'; '.join(obstacles[:3])}. Undo that first, or verify before."
+            )
+        offered = {patch.name: patch for patch in registry().patches()}
+        undos = report._undos[1 : 1 + len(report.applied)]  # the first lets go of the report itself
+        if gone := {record.patch for record in report.applied} - offered.keys():
+            raise VerificationError(
+                f"nobody offers {', '.join(map(repr, sorted(gone)))} any more: a plugin was unregistered after apply. "
+                "Register it again, or restore() and apply again."
+            )
+        for record, undo in zip(report.applied, undos, strict=True):
+            module = _module_at(self.base, record.path)
+            self.places.append(_Place(offered[record.patch], record.path, module, undo))
+
+    def __enter__(self) -> _Patches:
+        # copies that PEFT made of patched modules (`modules_to_save`): of the patch whose class they have
+        known = {id(place.module) for place in self.places}
+        self._copies = [
+            (module, type(module))
+            for module in self.base.modules()
+            if isinstance(module, Fused) and type(module) is not HostPerLayerEmbedding
+            if id(module) not in known
+        ]
+        self._tables = [m for m in self.base.modules() if type(m) is HostPerLayerEmbedding]
+        self._frozen = [t.weight for t in self._tables if t.weight.requires_grad]
+        for weight in self._frozen:  # it cannot be trained from where it is: a Trainer brings it back first
+            weight.requires_grad_(False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.report is None:
+            self.take_out()
+        else:
+            self.put_back()
+            self.report._undos[1 : 1 + len(self.places)] = [place.undo for place in self.places]  # type: ignore[misc]
+            self.report._checks[:] = [
+                _at(place.path, obstacle)
+                for place in self.places
+                if (obstacle := getattr(place.undo, "obstacle", None))
+            ]
+        for module, fused in self._copies:
+            module.__class__ = fused
+        for weight in self._frozen:
+            weight.requires_grad_(True)
+        if self._policy is not None:
+            self._policy.chosen.clear()
+            self._policy.chosen.update(self._chosen)
+
+    def in_order(self) -> list[Patch]:
+        return list({place.patch.name: place.patch for place in self.places}.values())
+
+    def of(self, patch: Patch) -> list[_Place]:
+        return [place for place in self.places if place.patch is patch]
+
+    def take_out(self) -> None:
+        """To the stock model, newest first."""
+        for place in reversed(self.places):
+            _out(place)
+        for module, fused in self._copies:
+            module.__class__ = fused.stock  # type: ignore[attr-defined]
+        for table in self._tables:
+            table.forward = _plain_lookup(table)
+
+    def put_in(self, patch: Patch) -> None:
+        for place in self.of(patch):
+            _in(place)
+        for module, fused in self._copies:
+            if getattr(patch, "fused", None) is fused:
+                module.__class__ = fused
+        self._set_policy()
+
+    def put_out(self, patch: Patch) -> None:
+        for place in reversed(self.of(patch)):
+            _out(place)
+        for module, fused in self._copies:
+            if getattr(patch, "fused", None) is fused:
+                module.__class__ = fused.stock  # type: ignore[attr-defined]
+
+    def put_back(self) -> None:
+        """All of them, in order."""
+        if not all(place.undo for place in self.places):
+            for place in reversed(self.places):
+                _out(place)
+            for place in self.places:
+                _in(place)
+        for module, fused in self._copies:
+            module.__class__ = fused
+        for table in self._tables:
+            vars(table).pop("forward", None)
+        self._set_policy()
+
+    def _set_policy(self) -> None:
+        """The memory policy that was just installed decides as the one before it, or as `apply` would let it."""
+        now: Any = getattr(text_model(self.base), "memory", None)
+        if now is None or now is self._policy:
+            return
+        if self._policy is not None:
+            now.budget, now.fixed = self._policy.budget, self._policy.fixed
+            return
+        with contextlib.suppress(BudgetError):
+            gib = memory_budget(self.base, None)
+            now.budget = None if gib is None else int(gib * 2**30)
+
+
+def _in(place: _Place) -> None:
+    if place.undo is None:
+        place.undo = place.patch.install(place.module)
+
+
+def _out(place: _Place) -> None:
+    undo, place.undo = place.undo, None
+    if undo is not None:
+        undo()
+
+
+def _module_at(base: nn.Module, path: str) -> nn.Module:
+    """The module that was at ``path``, also where PEFT has put a wrapper around it or above it since."""
+    module: Any = base
+    for name in path.split(".") if path else ():
+        for inside in ("", "original_module", "base_layer"):
+            owner = getattr(module, inside, None) if inside else module
+            if owner is not None and name in owner._modules:
+                module = owner._modules[name]
+                break
+        else:
+            raise VerificationError(
+                f"there is no {path!r} any more, where a patch was installed. restore(), and apply again."
+            )
+    for inside in ("original_module", "base_layer"):
+        module = module._modules.get(inside, module)
+    return module  # type: ignore[no-any-return]
+
+
+def _plain_lookup(table: Any) -> Callable[[Tensor], Tensor]:
+    """Stock's arithmetic with the rows read by the CPU, for a table that is not on the device."""
+
+    def forward(ids: Tensor) -> Tensor:
+        rows = F.embedding(ids.cpu(), table.weight.detach()).to(ids.device, table._output_dtype)
+        return rows * table.embed_scale.to(ids.device, table._output_dtype)
+
+    return forward
+
+
+@contextlib.contextmanager
+def _kept(model: nn.Module) -> Iterator[None]:
+    """Gives every module its instance attributes back: modes, what patches set, what a run leaves behind."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            now = vars(module)
+            for name in now.keys() - attributes.keys():
+                del now[name]
+            now.update(attributes)
+
+
+@contextlib.contextmanager
+def _gradients_aside(model: nn.Module) -> Iterator[None]:
+    """No parameter has a gradient inside; each has its own again after."""
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+
+
+@contextlib.contextmanager
+def _adapters_awake(model: nn.Module) -> Iterator[None]:
+    """A fresh adapter's B is all zeros, which hides whatever A's side gets wrong: it holds small numbers inside."""
+    asleep = [
+        (parameter, parameter.data)
+        for name, parameter in model.named_parameters()
+        if "lora_B" in name or "lora_embedding_B" in name
+        if parameter.requires_grad and not parameter.detach().any()
+    ]
+    generator = torch.Generator().manual_seed(4)
+    for parameter, zeros in asleep:
+        parameter.data = (torch.randn(zeros.shape, generator=generator) * 0.02).to(zeros)
+    try:
+        yield
+    finally:
+        for parameter, zeros in asleep:
+            parameter.data = zeros
