@@ -49,7 +49,7 @@ def mlp_schedule(mode: Mode, tokens: int) -> tuple[bool, int | None]:
         return True, None
     if mode is Mode.RECOMPUTE_MLP:
         return False, 4096
-    return False, 1024 if tokens <= 16384 else 4096
+    return False, min(max(tokens // 4, 1024), 4096)
 
 
 def loss_bytes(tokens: int, hidden: int, vocabulary: int) -> int:

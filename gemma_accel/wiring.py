@@ -171,6 +171,7 @@ def _tell_policy(trainer: Any) -> None:
             seen[parameter.untyped_storage().data_ptr()] = (parameter.nbytes, parameter.requires_grad)
     weights = sum(nbytes for nbytes, _ in seen.values())
     trained = sum(nbytes for nbytes, is_trained in seen.values() if is_trained)
+    policy.trained = trained
     policy.fixed = weights + trained * 3  # a gradient and two moments, at most in the parameter's own dtype
 
 

@@ -56,7 +56,8 @@ class TestApply:
         assert {"rms_norm", "qk_norm_rope", "geglu", "decoder_layer", "per_layer_embeddings"} <= names
         layers = {r.path for r in report.applied if r.patch == "decoder_layer"}
         assert len(layers) == 5
-        assert not [r for r in report.skipped if r.modality == "text"], report.skipped
+        skipped = {r.patch for r in report.skipped if r.modality == "text"}
+        assert skipped == (set() if torch.cuda.is_available() else {"cuda_graphs"})
         assert "decoder_layer" in str(report)
 
     def test_twice_is_the_same_as_once(self, model):

@@ -7,6 +7,7 @@ says, never recompute, and ``True`` is the permission to.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,11 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 from gemma_accel.hookspecs import Patch
 from gemma_accel.memory import Mode, choose_modes, layer_shapes, loss_bytes, mlp_schedule
+from gemma_accel.patches.graphs import StackGraphs
 from gemma_accel.patches.offload import OffloadedInputs
 from gemma_accel.patches.seams import Fused, Undoing
 
-__all__ = ["MemoryPolicy", "checkpointing_patch"]
+__all__ = ["MemoryPolicy", "checkpointing_patch", "graphs_patch"]
 
 GIB = 2**30
 # of the budget: what the caching allocator cannot use for being in pieces, and what no arithmetic names (measured, see benchmarks/LOG.md)
@@ -39,13 +41,15 @@ class MemoryPolicy:
         self.shapes = layer_shapes(text.config)
         self.vocabulary = text.config.vocab_size
         self.budget: int | None = None
-        self.fixed = 0
+        self.fixed = self.trained = 0
+        self.captures = False  # whether the `cuda_graphs` patch is there
         self.chosen: dict[tuple[int, ...], list[Mode]] = {}
+        self._graphed: dict[tuple[int, ...], bool] = {}
         self._inputs = OffloadedInputs()
 
     def __deepcopy__(self, memo: Any) -> MemoryPolicy:
         twin = object.__new__(MemoryPolicy)
-        twin.__dict__.update(self.__dict__, chosen={}, _inputs=OffloadedInputs())
+        twin.__dict__.update(self.__dict__, chosen={}, _graphed={}, captures=False, _inputs=OffloadedInputs())
         return twin
 
     def modes(self, hidden: Tensor) -> list[Mode]:
@@ -55,17 +59,31 @@ class MemoryPolicy:
             assert self.budget is not None
             held = max(self.fixed, torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0)
             available = int(self.budget * (1 - SLACK)) - held
-            tokens = hidden.shape[0] * hidden.shape[1]
+            tokens, itemsize = hidden.shape[0] * hidden.shape[1], hidden.element_size()
             loss = loss_bytes(tokens, hidden.shape[2], self.vocabulary)
-            self.chosen[key] = choose_modes(self.shapes, tokens, available, loss, hidden.element_size())
+            # with graphs the loss has no use of the stack's memory, and the graphs hold their input, output and gradient
+            graphed = available - loss - 4 * tokens * hidden.shape[2] * itemsize - self.trained
+            modes = choose_modes(self.shapes, tokens, graphed, 0, itemsize)
+            self._graphed[key] = hidden.is_cuda and self.captures and not {Mode.OFFLOAD, Mode.RECOMPUTE_TILED} & set(modes)
+            if not self._graphed[key]:
+                modes = choose_modes(self.shapes, tokens, available, loss, itemsize)
+            self.chosen[key] = modes
         return self.chosen[key]
+
+    def graphs_fit(self, hidden: Tensor) -> bool:
+        """Whether CUDA graphs of a batch of this shape fit beside everything else, layers not cut to the bone."""
+        if self.budget is None:
+            return False
+        self.modes(hidden)
+        return self._graphed[(*hidden.shape, hidden.element_size())]
 
     def summary(self) -> str:
         """What was chosen, for the report: a line a batch shape."""
         lines = []
-        for (batch, tokens, *_), modes in self.chosen.items():
+        for key, modes in self.chosen.items():
             counts = Counter(mode.value for mode in modes)
-            lines.append(f"{batch} x {tokens}: " + ", ".join(f"{n} {mode}" for mode, n in counts.items()))
+            text = ", ".join(f"{n} {mode}" for mode, n in counts.items())
+            lines.append(f"{key[0]} x {key[1]}: {text}" + (", captured in CUDA graphs" if self._graphed[key] else ""))
         return "; ".join(lines)
 
     def run(
@@ -79,9 +97,20 @@ class MemoryPolicy:
         mlp.keep, mlp.tile = mlp_schedule(mode, hidden.shape[0] * hidden.shape[1])
         if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP):
             return forward(hidden, *rest)
+        # no random numbers are drawn in a layer without dropout: their state need not be saved and put back around every one
+        again = functools.partial(stock, preserve_rng_state=_draws(layer))
         if mode is Mode.OFFLOAD and hidden.is_cuda:
-            return self._inputs.run(stock, forward, hidden, *rest, first=layer.layer_idx == 0)
-        return stock(forward, hidden, *rest)
+            return self._inputs.run(again, forward, hidden, *rest, first=layer.layer_idx == 0)
+        return again(forward, hidden, *rest)
+
+
+def _draws(layer: nn.Module) -> bool:
+    """Whether the layer has dropout, its adapters' included; looked up once, at its first recomputed forward."""
+    found = vars(layer).get("_gemma_accel_draws")
+    if found is None:
+        found = any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.modules())
+        layer._gemma_accel_draws = found
+    return found
 
 
 def _is_plain(stock: Any) -> bool:
@@ -117,4 +146,35 @@ class CheckpointingPatch(Patch):
         return Undoing(run, lambda: None)
 
 
+class GraphsPatch(Patch):
+    """Lets a text model's layers be captured; needs the policy, which knows whether there is memory for it."""
+
+    name, modality, seam = "cuda_graphs", "text", "graphs"
+
+    def matches(self, path: str, module: nn.Module) -> bool:
+        return checkpointing_patch.matches(path, module)
+
+    def needs(self, module: nn.Module) -> str | None:
+        return "checkpointing"
+
+    def why_not(self, module: nn.Module) -> str | None:
+        if not torch.cuda.is_available():
+            return "no CUDA device"
+        return None
+
+    def install(self, module: nn.Module) -> Undoing:
+        graphs = StackGraphs(module)
+        module.memory.captures = True
+        for layer in module.layers:
+            layer.graphs = graphs
+
+        def run() -> None:
+            graphs.drop()
+            for layer in module.layers:
+                vars(layer).pop("graphs", None)
+
+        return Undoing(run, lambda: None)
+
+
 checkpointing_patch = CheckpointingPatch()
+graphs_patch = GraphsPatch()

@@ -167,6 +167,12 @@ _LAYER_NORMS = (
 class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
     project = Projector()
     memory: Any = None  # the `checkpointing` patch's policy
+    graphs: Any = None  # the `cuda_graphs` patch's
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.graphs is not None and (out := self.graphs.serve(self, *args, **kwargs)) is not None:
+            return out
+        return super().__call__(*args, **kwargs)
 
     @property
     def _gradient_checkpointing_func(self) -> Any:

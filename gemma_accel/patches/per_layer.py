@@ -144,6 +144,15 @@ class LayerInput:
             input_scale=model.per_layer_input_scale,
         )
 
+    def graph_ids(self) -> Tensor | None:
+        """The token ids, where the input can be made again from them and the embeddings alone, on the device."""
+        rows, table = self._inputs._rows, self._inputs.model.embed_tokens_per_layer
+        if not isinstance(rows, Rows) or self._inputs._whole_projection is not None:
+            return None
+        if isinstance(rows, _ResidentRows):
+            return rows.ids
+        return rows.ids if rows.read is None and type(table) is HostPerLayerEmbedding else None
+
     def tensor(self) -> Tensor:
         """The input itself, by stock's arithmetic, for a layer that is not fused."""
         inputs = self._inputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma_accel.hookspecs import Patch, hookimpl
 from gemma_accel.patches.attention import attention_patch
-from gemma_accel.patches.checkpointing import checkpointing_patch
+from gemma_accel.patches.checkpointing import checkpointing_patch, graphs_patch
 from gemma_accel.patches.decoder import decoder_layer_patch, geglu_patch, qk_norm_rope_patch
 from gemma_accel.patches.lm_head import lm_head_patch
 from gemma_accel.patches.lora import lora_patch
@@ -25,5 +25,6 @@ def gemma_accel_patches() -> list[Patch]:
         lora_patch,
         attention_patch,
         checkpointing_patch,
+        graphs_patch,
         lm_head_patch,
     ]

@@ -1,0 +1,287 @@
+"""The decoder stack as two CUDA graphs: one launch forward, one backward.
+
+A step of E2B is some five thousand launches. The card needs 0.15 s for them, the host two or three times as long to make them. Where batches have
+one shape (packing, `pad_to_multiple_of`, rows of one length) the launches are the same at every step: after a few steps of one shape the stack,
+its recomputation and its backward are captured and replayed. Embeddings, final norm, LM head, loss and optimizer stay outside, in the trainer's
+hands.
+
+What is captured reads fixed addresses, so the graphs step aside, and the layers run one by one as ever, whenever something could have moved: another
+shape, another adapter, a second forward before the first one's backward, hooks, a cache, distributed training. The memory the graphs hold comes out
+of the same budget; the policy in `checkpointing` decides whether there is enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from gemma_accel.patches.per_layer import LayerInput, PerLayerInputs
+from gemma_accel.patches.projections import as_projection
+
+__all__ = ["StackGraphs"]
+
+STEADY = 3  # steps of one shape, one after the other, before it is worth capturing
+CAPTURES = 4  # in a run whose shapes keep changing, capturing again and again would cost more than it saves
+
+
+class _Token:
+    """Lives as long as a forward waits for its backward."""
+
+
+class _Captured:
+    """One shape's graphs and the fixed tensors they read and write."""
+
+    def __init__(self, graphs: StackGraphs, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> None:
+        self.parameters = [p for p in text.layers.parameters() if p.requires_grad] + [
+            p
+            for name in ("per_layer_model_projection", "per_layer_projection_norm")
+            if hasattr(text, name)
+            for p in getattr(text, name).parameters()
+            if p.requires_grad
+        ]
+        self.hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
+        self.rest = tuple(None if t is None else t.clone() for t in rest)
+        self.waiting: Any = None
+        device = hidden.device
+        wanted = [*self.parameters, *([self.hidden] if hidden.requires_grad else [])]
+
+        def forward() -> Tensor:
+            return graphs.eager(text, self.hidden, *self.rest)
+
+        def backward(out: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(out, wanted, grad, allow_unused=True)
+
+        # once on a stream of its own, as capturing wants it: libraries make their handles and workspaces
+        aside = torch.cuda.Stream(device)
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):
+            out = forward()
+            backward(out, torch.zeros_like(out))
+            del out
+        torch.cuda.current_stream(device).wait_stream(aside)
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+
+        pool = torch.cuda.graph_pool_handle()
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
+            out = forward()
+        self.grad_out = torch.empty_like(out)
+        with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
+            grads = backward(out, self.grad_out)
+            of_parameters = grads[: len(self.parameters)]
+            self.shapes = [p.shape if g is not None else None for p, g in zip(self.parameters, of_parameters, strict=True)]
+            # one buffer a dtype for all gradients: what leaves the graph is one copy of it, not hundreds
+            self.flat = {}
+            for dtype in {g.dtype for g in of_parameters if g is not None}:
+                several = [g for g in of_parameters if g is not None and g.dtype is dtype]
+                flat = torch.empty(sum(g.numel() for g in several), dtype=dtype, device=device)
+                torch._foreach_copy_(list(flat.split([g.numel() for g in several])), [g.reshape(-1) for g in several])
+                self.flat[dtype] = flat
+        self.grad_hidden = grads[-1] if hidden.requires_grad else None
+        self.out = out.detach()
+
+    def gradients(self) -> list[Tensor | None]:
+        """The parameters' gradients of the backward that just ran, in memory of their own."""
+        parts = {dtype: iter(self._split(dtype, flat.clone())) for dtype, flat in self.flat.items()}
+        return [
+            None if shape is None else next(parts[p.dtype]).view(shape)
+            for p, shape in zip(self.parameters, self.shapes, strict=True)
+        ]
+
+    def _split(self, dtype: torch.dtype, flat: Tensor) -> tuple[Tensor, ...]:
+        sizes = [
+            p.numel()
+            for p, shape in zip(self.parameters, self.shapes, strict=True)
+            if shape is not None and p.dtype is dtype
+        ]
+        return flat.split(sizes)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, captured: _Captured, hidden: Tensor, rest: tuple[Tensor | None, ...], *_: Tensor) -> Tensor:
+        captured.hidden.detach().copy_(hidden)
+        for fixed, given in zip(captured.rest, rest, strict=True):
+            if fixed is not None:
+                fixed.copy_(given)
+        captured.forward_graph.replay()
+        ctx.captured, ctx.token = captured, _Token()
+        captured.waiting = weakref.ref(ctx.token)
+        return captured.out.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        captured = ctx.captured
+        if captured.waiting is None or captured.waiting() is not ctx.token:
+            raise RuntimeError(
+                "gemma_accel: a second backward through one forward of the decoder stack. The first one's intermediates are gone; run the "
+                "forward again, or turn graphs off with apply(patches=[...]) without 'cuda_graphs'."
+            )
+        captured.grad_out.copy_(grad)
+        captured.backward_graph.replay()
+        captured.waiting = None
+        hidden = captured.grad_hidden
+        return None, None if hidden is None else hidden.clone(), None, *captured.gradients()
+
+
+class StackGraphs:
+    """One text model's: decides at its first layer whether a forward is replayed."""
+
+    def __init__(self, text: Any) -> None:
+        self._text = weakref.ref(text)
+        self.off = ""
+        """why graphs are not used any more in this run, if so"""
+        self._key: Any = None
+        self._seen = self._captures = 0
+        self._captured: _Captured | None = None
+        self._serving = self._inside = False
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def serve(self, layer: Any, hidden: Tensor, per_layer_input: Any = None, **kwargs: Any) -> Tensor | None:
+        """The whole stack's output at its first layer, that same tensor at the others; None where the layer has to run itself."""
+        if self._inside:
+            return None
+        if layer.layer_idx:
+            if self._serving and layer.layer_idx == len(self._text().layers) - 1:
+                self._serving = False
+                return hidden
+            return hidden if self._serving else None
+        self._serving = False
+        if self.off or not (hidden.is_cuda and layer.training and torch.is_grad_enabled()):
+            return None
+        text = self._text()
+        rest = self._inputs(text, hidden, per_layer_input, kwargs)
+        if rest is None or (self._captured is not None and self._is_waiting()):
+            return None
+        key = self._key_of(text, hidden, rest)
+        if key != self._key:
+            self._key, self._seen, self._captured = key, 0, None
+        self._seen += 1
+        if self._seen <= STEADY or not text.memory.graphs_fit(hidden):
+            return None
+        if self._captured is None and not self._capture(text, hidden, rest):
+            return None
+        captured = self._captured
+        assert captured is not None
+        self._serving = len(text.layers) > 1
+        return _Replay.apply(captured, hidden, rest, *captured.parameters)
+
+    def drop(self) -> None:
+        """Give the graphs' memory back."""
+        self._captured, self._key, self._seen = None, None, 0
+
+    # -- what may be replayed --
+
+    def _is_waiting(self) -> bool:
+        waiting = self._captured.waiting if self._captured is not None else None
+        return waiting is not None and waiting() is not None
+
+    def _inputs(
+        self, text: Any, hidden: Tensor, per_layer_input: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, ...] | None:
+        """Token ids, mask and positions that the layers read; None where a forward is not one that graphs serve."""
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("past_key_values") is not None or (mask is not None and mask.dtype != torch.int32):
+            return None
+        if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "return_shared_kv_states")):
+            return None
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            return None  # activations are being offloaded by somebody
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None
+        ids = None
+        if per_layer_input is not None:
+            ids = per_layer_input.graph_ids() if isinstance(per_layer_input, LayerInput) else None
+            if ids is None:
+                return None
+        return ids, mask, kwargs.get("position_ids")
+
+    def _key_of(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> Any:
+        """Everything that a captured graph took for granted."""
+        shapes = tuple(None if t is None else (t.shape, t.dtype) for t in rest)
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        linears = []
+        for layer in text.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for linear in (
+                attention.q_proj, getattr(attention, "k_proj", None), getattr(attention, "v_proj", None), attention.o_proj,
+                mlp.gate_proj, mlp.up_proj, mlp.down_proj,
+                getattr(layer, "per_layer_input_gate", None), getattr(layer, "per_layer_projection", None),
+            ):  # fmt: skip
+                linears.append(None if linear is None else _identity(linear))
+        checkpointing = tuple(layer.gradient_checkpointing for layer in text.layers)
+        return hidden.shape, hidden.dtype, hidden.requires_grad, shapes, autocast, tuple(linears), checkpointing
+
+    def _capture(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> bool:
+        if self._captures >= CAPTURES:
+            self.off = f"the batches' shape changed {CAPTURES} times"
+            return False
+        if any(isinstance(linear, str) for linear in self._key[5]) or any(_has_hooks(layer) for layer in text.layers):
+            self.off = "a layer is watched by a hook, or is not read by the fused step"
+            return False
+        self._captures += 1
+        self._inside = True
+        enabled, dtype = self._key[4]
+        try:
+            with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
+                self._captured = _Captured(self, text, hidden, rest)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            self.off = f"capturing failed: {str(error).splitlines()[0]}"
+            self._captured = None
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        finally:
+            self._inside = False
+        return self._captured is not None
+
+    def eager(
+        self, text: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
+        """The layers one after the other, on what they would be handed by the text model's forward."""
+        if position_ids is None:
+            position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        positions = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in text.unique_layer_types}
+        inputs = None
+        if ids is not None:
+            made: Any = text.get_per_layer_inputs(ids, None)
+            assert isinstance(made, PerLayerInputs)
+            inputs = made.with_embeds(hidden)
+        shared: dict[str, Any] = {}
+        for index, layer in enumerate(text.layers):
+            hidden = layer(
+                hidden,
+                None if inputs is None else inputs[:, :, index, :],
+                shared_kv_states=shared,
+                position_embeddings=positions[text.config.layer_types[index]],
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=None,
+            )
+        return hidden
+
+
+def _identity(linear: nn.Module) -> Any:
+    """Addresses and scaling of what a linear layer computes with now, or the reason why the fused step does not read it."""
+    projection = as_projection(linear)
+    if isinstance(projection, str):
+        return projection
+    weight, _, lora_a, lora_b, scaling, _ = projection
+    packed = getattr(weight, "packed", weight)
+    if lora_a is None or lora_b is None:
+        return packed.data_ptr()
+    trained = lora_a.requires_grad, lora_b.requires_grad
+    return packed.data_ptr(), lora_a.data_ptr(), lora_b.data_ptr(), scaling, trained
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules())

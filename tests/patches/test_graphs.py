@@ -1,0 +1,154 @@
+"""CUDA graphs of the decoder stack: the numbers of the layers run one by one, whatever comes between two steps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+import gemma_accel
+from gemma_accel.patches.graphs import CAPTURES, STEADY
+from tests.tiny import batch, tiny_model
+
+pytestmark = pytest.mark.gpu
+
+LANGUAGE = r".*(language_model|model)\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def adapted(checkpointing=True, **changes):
+    model = tiny_model("conditional", towers=False, **changes).cuda()
+    torch.manual_seed(1)
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False)).cuda()
+    gemma_accel.apply(peft, vram_gib=4.0)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return peft
+
+
+def text(peft):
+    return peft.get_base_model().model.language_model
+
+
+@pytest.fixture(params=[False, True], ids=["kept", "recomputed"])
+def pair(request):
+    """Two models of the same weights: one that may capture, one that never does."""
+    eager, graphed = adapted(request.param), adapted(request.param)
+    for layer in text(eager).layers:
+        layer.graphs = None
+    if request.param:
+        from gemma_accel.memory import Mode
+
+        for peft in (eager, graphed):
+            policy = text(peft).memory
+            policy.modes = lambda hidden: [Mode.RECOMPUTE, Mode.KEEP, Mode.RECOMPUTE_MLP, Mode.RECOMPUTE, Mode.KEEP]
+            policy.graphs_fit = lambda hidden: True
+    return eager, graphed
+
+
+def step(peft, seed, lengths=(24, 24), zero=True, **kwargs):
+    if zero:
+        peft.zero_grad()
+    inputs = {k: v.cuda() for k, v in batch(lengths, seed=seed).items()}
+    loss = peft(**inputs, use_cache=False, **kwargs).loss
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in peft.named_parameters() if p.grad is not None}
+
+
+def captured(peft):
+    return text(peft).layers[0].graphs._captured
+
+
+def warm(pair, lengths=(24, 24)):
+    for seed in range(STEADY + 1):
+        for peft in pair:
+            step(peft, seed, lengths)
+    assert captured(pair[1]) is not None, text(pair[1]).layers[0].graphs.off
+
+
+def same(a, b):
+    assert a[0] == pytest.approx(b[0], rel=1e-6)
+    assert a[1].keys() == b[1].keys()
+    for name in a[1]:
+        assert torch.allclose(a[1][name], b[1][name], rtol=1e-4, atol=1e-7), name
+
+
+def test_replays_give_the_same_losses_and_gradients(pair):
+    warm(pair)
+    for seed in range(10, 14):
+        same(step(pair[1], seed), step(pair[0], seed))
+
+
+def test_gradients_accumulate_over_replays(pair):
+    warm(pair)
+    for peft in pair:
+        step(peft, 20)
+    same(step(pair[1], 21, zero=False), step(pair[0], 21, zero=False))
+
+
+def test_weights_updated_in_place_are_seen(pair):
+    warm(pair)
+    for peft in pair:
+        step(peft, 5)
+        torch.optim.SGD([p for p in peft.parameters() if p.requires_grad], lr=0.1).step()
+    same(step(pair[1], 6), step(pair[0], 6))
+
+
+def test_padding_and_positions_are_inputs(pair):
+    warm(pair, (24, 17))
+    for lengths in ((24, 9), (24, 24), (24, 3)):
+        same(step(pair[1], 7, lengths), step(pair[0], 7, lengths))
+
+
+def test_two_forwards_before_a_backward(pair):
+    warm(pair)
+    results = []
+    for peft in pair:
+        peft.zero_grad()
+        losses = [peft(**{k: v.cuda() for k, v in batch((24, 24), seed=s).items()}, use_cache=False).loss for s in (30, 31)]
+        (losses[0] - 0.5 * losses[1]).backward()
+        results.append((losses[0].item(), {n: p.grad for n, p in peft.named_parameters() if p.grad is not None}))
+    same(*results)
+
+
+def test_a_second_backward_is_an_error(pair):
+    warm(pair)
+    inputs = {k: v.cuda() for k, v in batch((24, 24)).items()}
+    loss = pair[1](**inputs, use_cache=False).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        loss.backward()
+
+
+def test_other_shapes_run_layer_by_layer_and_evaluation_does_too(pair):
+    warm(pair)
+    same(step(pair[1], 8, (30, 11)), step(pair[0], 8, (30, 11)))
+    with torch.no_grad():
+        inputs = {k: v.cuda() for k, v in batch((24, 24)).items()}
+        assert torch.allclose(pair[1](**inputs).logits, pair[0](**inputs).logits, atol=1e-4)
+    for n in range(CAPTURES + 1):
+        for seed in range(STEADY + 1):
+            step(pair[1], seed, (12 + n, 12))
+    assert "shape changed" in text(pair[1]).layers[0].graphs.off
+    same(step(pair[1], 9), step(pair[0], 9))
+
+
+def test_another_adapter_is_noticed(pair):
+    warm(pair)
+    for peft in pair:
+        torch.manual_seed(4)
+        peft.add_adapter("second", LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False))
+        peft.set_adapter("second")
+        peft.cuda()
+    same(step(pair[1], 3), step(pair[0], 3))
+
+
+def test_a_deep_copy_captures_for_itself(pair):
+    warm(pair)
+    twin = copy.deepcopy(pair[1])
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.zero_()
+    assert step(twin, 1)[0] != pytest.approx(step(pair[1], 1)[0])
