@@ -1,23 +1,26 @@
-"""Will it fit? What a fine-tuning run has in GPU memory, in the host's, and what the memory policy will choose: from a config alone.
+"""Will it fit? What a run takes in GPU and host memory, and what the memory policy will choose.
 
-A plan adds up four things. What stays all run: weights, adapters, their gradients, the optimizer's moments (`_resident`). What a step has at its
-highest moment: the same arithmetic the policy decides with (`gemma_accel.memory`), and beside it what passes between layers (`_between_layers`).
-What the caching allocator loses for being in pieces. And what Transformers reserves while it loads (`_load_peak`). Parameters are counted on a
-model built of meta tensors, so the count follows the installed Transformers and no weight is read.
+A config is enough. A plan adds up four things. What stays all run: weights, adapters, gradients,
+the optimizer's moments (`_resident`). What a step has at its highest moment: the arithmetic that
+the policy itself decides with (`gemma_accel.memory`), and what passes between layers
+(`_between_layers`). What the caching allocator loses for being in pieces (`_reserved`). And what
+Transformers reserves while it loads (`_load_peak`). Parameters are counted on a model made of meta
+tensors, so the count follows the installed Transformers and no weight is read.
 
-Bytes inside, GiB outside. CUDA's own context (0.3 to 0.5 GiB) is no allocation and in no figure here.
+Bytes inside, GiB outside. CUDA's own context (0.3 to 0.5 GiB) is no allocation and in no figure.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,38 +39,40 @@ from gemma_accel.memory import (
 __all__ = ["Plan", "plan", "plan_for_model"]
 
 GIB = 2**30
-ITEMSIZE = (
-    2  # bfloat16, in which everything that is not quantised is loaded and every activation computed
-)
-NF4 = (
-    0.5 + 1 / 64 + 4 / (64 * 256)
-)  # bytes a parameter: codes, an int8 scale a block of 64, a float32 for 256 of these
-ADAM_8BIT = 2 * (
-    1 + 4 / 256
-)  # bytes a parameter: two moments, each with a float32 scale a block of 256
-TIDY = 0.02  # of what is allocated: the pieces left once the allocator has given back what it can
-EVAL_BATCH = 8  # transformers' default per_device_eval_batch_size
-PROCESS = 2.0  # GiB of host memory: Python, torch, CUDA's libraries (assumed)
+ITEMSIZE = 2  # bfloat16: what is not quantised is loaded in it, and activations are computed in it
+# bytes a parameter in NF4: codes, an int8 scale a block of 64, a float32 for 256 of these
+NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+# bytes a parameter for 8-bit Adam: two moments, each with a float32 scale a block of 256
+ADAM_8BIT = 2 * (1 + 4 / 256)
+ADAM_32BIT = 8  # what Trainer has bitsandbytes use for embeddings
+# of what comes and goes in a step: reserved beyond it for being in pieces (H100, see the tests)
+PIECES, STOCK_PIECES = 0.25, 0.33
+TIDY = 0.02  # of all allocations: the pieces that stay once the allocator has given back others
+EVAL_BATCH = 8  # transformers' per_device_eval_batch_size
+PROCESS = 2.0  # GiB of host memory for Python, torch and CUDA's libraries (assumed)
 
 _ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
 _KINDS = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
-_RECOMPUTING = (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED, Mode.OFFLOAD)
+_HOST = " (host)"
 
 
-# -- what a user sees --------------------------------------------------------------------------------------------------
+# --- what a user sees ---
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be where, and the peaks it predicts. Print it, or ask `to_dict` for JSON. Every size is in GiB.
+    """What will be where and the peaks it predicts, in GiB. Print it, or take `to_dict` for JSON.
 
     Attributes:
-        components: what is on the GPU at training's highest moment, by name; the names ending in "(host)" are not.
+        components: what is on the GPU at training's highest moment, by name; names that end in
+            "(host)" are in host memory.
         load_peak_gib: the most that loading reserves.
-        eval_peak_gib: the most that an evaluation reserves, at Transformers' default of 8 sequences a batch.
-        choices: "layers" (mode -> how many of them), where "table" and "towers" live, and "alternatives" (name -> peak with it instead).
-        longest_sequence: tokens that fit at this batch size; 0 where none do.
+        eval_peak_gib: the most that an evaluation reserves, at Transformers' default of 8
+            sequences a batch and TRL's loss without logits.
+        choices: "layers" (mode -> how many), "graphs" (whether the layers are captured), where
+            "table" and "towers" live, and "alternatives" (name -> training's peak with it).
+        longest_sequence: tokens a sequence that fit at this batch size; 0 where none do.
         largest_batch: sequences of this length that fit; 0 where none do.
         remedies: where it does not fit, what would.
         notes: what the figures take for granted.
@@ -82,7 +87,6 @@ class Plan:
     components: dict[str, float]
     load_peak_gib: float
     eval_peak_gib: float
-    process_gib: float
     choices: dict[str, Any]
     longest_sequence: int
     largest_batch: int
@@ -91,35 +95,35 @@ class Plan:
 
     @property
     def peak_gib(self) -> float:
-        """Training's peak: everything on the GPU."""
-        return sum(size for name, size in self.components.items() if not name.endswith("(host)"))
+        """Training's peak: all components on the GPU."""
+        return sum(size for name, size in self.components.items() if not name.endswith(_HOST))
 
     @property
     def host_gib(self) -> float:
-        """Host memory, the process itself included."""
-        return self.process_gib + sum(
-            size for name, size in self.components.items() if name.endswith("(host)")
-        )
+        """Host memory: all components there."""
+        return sum(size for name, size in self.components.items() if name.endswith(_HOST))
 
     @property
     def fits(self) -> bool:
-        """Whether loading and training stay within ``vram_gib`` (an evaluation is the user's to size)."""
-        return self.vram_gib is None or max(self.peak_gib, self.load_peak_gib) <= self.vram_gib
+        """Whether loading and training stay within ``vram_gib``; an evaluation may still not."""
+        return _within(self.vram_gib, max(self.peak_gib, self.load_peak_gib))
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         sums = {"peak_gib": self.peak_gib, "host_gib": self.host_gib, "fits": self.fits}
-        return {**asdict(self), **sums}
+        return {**dataclasses.asdict(self), **sums}
 
     def __str__(self) -> str:
         from rich.console import Console
 
         out = io.StringIO()
-        Console(file=out, width=110, force_terminal=False).print(self)
+        Console(file=out, width=100, force_terminal=False).print(self)
         return out.getvalue().rstrip()
 
-    def __rich_console__(self, console: Any, options: Any) -> Any:
-        yield from _render(self)
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        yield _places_table(self)
+        yield _choices_table(self)
+        yield from _sentences(self)
 
 
 def plan(
@@ -131,19 +135,24 @@ def plan(
     quantization: str | None = "nf4",
     lora_rank: int = 16,
 ) -> Plan:
-    """Predict where everything will be and the peaks of loading, training and evaluation. No GPU is needed, and no weights.
+    """Predict where everything will be, and the peaks of loading, training and evaluation.
+
+    Neither a GPU nor weights are needed. The run is text-only, in bfloat16, with ``adamw_8bit``.
 
     Args:
-        model_or_config: a Gemma 4 config, a model, a directory with a ``config.json``, a JSON file, or a name `AutoConfig` resolves.
-        vram_gib: the GPU memory to live in, as `apply` takes it; None for no limit (every layer is then checkpointed).
-        batch_size: sequences a step holds at once (``per_device_train_batch_size``).
+        model_or_config: a Gemma 4 config, a model, a directory with a ``config.json``, a JSON
+            file, or a name that `AutoConfig` resolves.
+        vram_gib: the GPU memory to live in, in GiB, as `apply` takes it; None for no limit, where
+            every layer is checkpointed as stock does.
+        batch_size: sequences in a step at once (``per_device_train_batch_size``).
         sequence_length: tokens of each.
-        quantization: ``"nf4"`` (bitsandbytes, double quantisation) or None (bfloat16).
-        lora_rank: of adapters on the language model's q, k, v, o, gate, up and down; 0 trains every weight.
+        quantization: "nf4" (bitsandbytes, with double quantisation) or None (bfloat16).
+        lora_rank: of adapters on the language model's projections (q, k, v, o, gate, up, down);
+            0 trains every weight.
 
     Raises:
-        UnsupportedModelError: not a Gemma 4 config.
-        ValueError: a size that is not positive, an unknown quantization, or 4-bit weights to be trained.
+        UnsupportedModelError: not a Gemma 4 config or model.
+        ValueError: a size that is not positive, an unknown quantization, 4-bit weights to train.
     """
     _check(vram_gib, batch_size, sequence_length, quantization, lora_rank)
     run = _Run(_counts(_config_of(model_or_config)), vram_gib, quantization, lora_rank)
@@ -153,15 +162,17 @@ def plan(
 def plan_for_model(
     base_model: Any, budget_gib: float | None, batch_size: int, sequence_length: int
 ) -> Plan:
-    """The plan of a model that is there: its own quantisation and adapters (rank 16 is taken where it has none yet)."""
+    """The plan of a model that is there: its own quantisation, and its adapters where it has any.
+
+    A model without adapters is taken as one that gets some of rank 16, PEFT coming after `apply`.
+    """
     ranks = [p.shape[0] for name, p in base_model.named_parameters() if ".lora_A." in name]
-    quantization = "nf4" if getattr(base_model, "is_loaded_in_4bit", False) else None
     return plan(
         base_model,
         vram_gib=budget_gib,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        quantization=quantization,
+        quantization="nf4" if getattr(base_model, "is_loaded_in_4bit", False) else None,
         lora_rank=max(ranks, default=16),
     )
 
@@ -171,103 +182,109 @@ def _check(
 ) -> None:
     if vram_gib is not None and not vram_gib > 0:
         raise ValueError(f"plan: vram_gib must be a positive number of GiB, got {vram_gib!r}")
-    if batch_size < 1 or length < 1:
-        raise ValueError(
-            f"plan: batch_size and sequence_length must be at least 1, got {batch_size} and {length}"
-        )
+    for name, value in (("batch_size", batch_size), ("sequence_length", length)):
+        if value < 1:
+            raise ValueError(f"plan: {name} must be at least 1, got {value!r}")
     if quantization not in ("nf4", None):
         raise ValueError(f"plan: quantization must be 'nf4' or None, got {quantization!r}")
     if rank < 0:
-        raise ValueError(
-            f"plan: lora_rank must be at least 0 (0: every weight is trained), got {rank}"
-        )
+        raise ValueError(f"plan: lora_rank must be at least 0, got {rank!r}")
     if rank == 0 and quantization is not None:
         raise ValueError(
-            "plan: lora_rank=0 trains every weight, which 4-bit weights cannot be. Pass quantization=None."
+            f"plan: lora_rank=0 trains every weight, which those in {quantization!r} cannot be. "
+            "Pass quantization=None, or a rank."
         )
 
 
-# -- the model, counted ------------------------------------------------------------------------------------------------
+def _within(vram_gib: float | None, gib: float) -> bool:
+    return vram_gib is None or gib <= vram_gib + 1e-6  # a sum that fills the limit may round over
+
+
+# --- the model, counted ---
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Parameters of a model by where they live and how they are stored, and its decoder layers' shapes."""
+    """A model's parameters by where they live and how they are stored, and its layers' shapes."""
 
     kind: str
     text: Any  # the text config
     layers: tuple[LayerShape, ...]
-    linears: int
-    """of the text stack's nn.Linear: what bitsandbytes quantises"""
-    embedding: int
+    largest_linear: int
+    adapter_per_rank: int  # inputs + outputs of all adapted projections
+    linears: int  # of the text stack's nn.Linear, which is what bitsandbytes quantises
+    embedding: int  # and the head, where it is not the same
     experts: int
     table: int
     norms: int
     tower_linears: int
     tower_rest: int
-    largest_linear: int
-    adapter_per_rank: int
-    """(inputs + outputs) over the adapted projections"""
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, place) for place in _PLACES)
+
+
+_PLACES = ("linears", "embedding", "experts", "table", "norms", "tower_linears", "tower_rest")
+
+
+def _place(name: str, is_linear: bool) -> str:
+    """Which of `_PLACES` a parameter belongs to."""
+    parts = name.split(".")
+    if any(tower in parts for tower in _TOWERS):
+        return "tower_linears" if is_linear else "tower_rest"
+    if "embed_tokens_per_layer" in parts:
+        return "table"
+    if "embed_tokens" in parts or "lm_head" in parts:
+        return "embedding"
+    if "experts" in parts:
+        return "experts"
+    return "linears" if is_linear else "norms"
 
 
 def _config_of(source: Any) -> Any:
     """The config that ``source`` is, has, or names."""
-    config = source
     if isinstance(source, (str, Path)):
-        from transformers import AutoConfig
-
-        path = Path(source)
-        config = (
-            _from_json(path)
-            if path.suffix == ".json" and path.is_file()
-            else AutoConfig.from_pretrained(source)
-        )
-    elif not hasattr(source, "model_type") and hasattr(source, "config"):
-        config = source.config
-    if getattr(config, "model_type", None) not in _KINDS:
+        config = _read_config(Path(source))
+    else:
+        config = source if hasattr(source, "model_type") else getattr(source, "config", None)
+    kind = getattr(config, "model_type", None)
+    if kind not in _KINDS:
         raise UnsupportedModelError(
-            f"gemma_accel.plan takes a Gemma 4 config or model ({', '.join(_KINDS)}), got "
-            f"{type(source).__name__} with model_type {getattr(config, 'model_type', None)!r}."
+            f"gemma_accel.plan takes a Gemma 4 model or config ({', '.join(_KINDS)}), got "
+            f"{source if isinstance(source, (str, Path)) else type(source).__name__}"
+            f"{f' of model_type {kind!r}' if kind else ''}."
         )
     return config
 
 
-def _from_json(path: Path) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+def _read_config(path: Path) -> Any:
+    from transformers import AutoConfig, PreTrainedConfig
 
+    if not path.is_file():
+        return AutoConfig.from_pretrained(str(path))
     values = json.loads(path.read_text())
     kind = values.get("model_type")
-    return CONFIG_MAPPING[kind].from_dict(values) if kind in _KINDS else _Foreign(kind)
+    return _config_from(kind, values) if kind in _KINDS else PreTrainedConfig.from_dict(values)
 
 
-class _Foreign(NamedTuple):
-    model_type: str | None
+def _config_from(kind: str, values: dict[str, Any]) -> Any:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[kind].from_dict(values)
 
 
 def _counts(config: Any) -> _Counts:
-    """Build the model of meta tensors and count; once a config."""
-    return _counted(json.dumps(config.to_dict(), sort_keys=True, default=str), _Holder(config))
+    return _counts_of(config.model_type, config.to_json_string(use_diff=False))
 
 
-class _Holder:
-    """Carries a config past the cache: the JSON beside it is the key, so any two holders are alike."""
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Holder)
-
-    def __hash__(self) -> int:
-        return 0
-
-
-@functools.lru_cache(maxsize=8)
-def _counted(key: str, holder: _Holder) -> _Counts:
+@functools.lru_cache(maxsize=16)
+def _counts_of(kind: str, values: str) -> _Counts:
+    """Build the model of meta tensors and count."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = holder.config
+    config = _config_from(kind, json.loads(values))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     linears = {
@@ -278,49 +295,26 @@ def _counted(key: str, holder: _Holder) -> _Counts:
     sizes: Counter[str] = Counter()
     per_rank = largest = 0
     for name, parameter in model.named_parameters():
-        where = _where(name, name in linears)
-        sizes[where] += parameter.numel()
-        if where.endswith("linears"):
+        place = _place(name, name in linears)
+        sizes[place] += parameter.numel()
+        if place in ("linears", "tower_linears"):
             largest = max(largest, parameter.numel())
-        if where == "linears" and name.split(".")[-2] in _ADAPTED:
+        if place == "linears" and name.split(".")[-2] in _ADAPTED:
             per_rank += sum(parameter.shape)
     text = _text_config(config)
-    return _Counts(
-        kind=config.model_type,
-        text=text,
-        layers=tuple(layer_shapes(text)),
-        largest_linear=largest,
-        adapter_per_rank=per_rank,
-        **{name: sizes[name] for name in _PLACES},
-    )
+    places = {place: sizes[place] for place in _PLACES}
+    return _Counts(kind, text, tuple(layer_shapes(text)), largest, per_rank, **places)
 
 
 def _text_config(config: Any) -> Any:
-    """The text config; the unified model's, which has no per-layer embeddings, says so here."""
+    """The text config; the unified model's, which knows no per-layer embeddings, says so here."""
     text = copy.deepcopy(config.get_text_config())
     if not hasattr(text, "hidden_size_per_layer_input"):
         text.hidden_size_per_layer_input = 0
     return text
 
 
-_PLACES = ("linears", "embedding", "experts", "table", "norms", "tower_linears", "tower_rest")
-
-
-def _where(name: str, is_linear: bool) -> str:
-    """Which of `_PLACES` a parameter of this name belongs to."""
-    parts = name.split(".")
-    if any(tower in parts for tower in _TOWERS):
-        return "tower_linears" if is_linear else "tower_rest"
-    if "embed_tokens_per_layer" in parts:
-        return "table"
-    if "embed_tokens" in parts or "lm_head" in parts:  # bitsandbytes leaves the head alone
-        return "embedding"
-    if "experts" in parts:
-        return "experts"
-    return "linears" if is_linear else "norms"
-
-
-# -- bytes -------------------------------------------------------------------------------------------------------------
+# --- bytes that stay ---
 
 
 @dataclass(frozen=True)
@@ -333,22 +327,77 @@ class _Run:
     lora_rank: int
 
     @property
-    def stored(self) -> float:
-        """Bytes a parameter of an nn.Linear."""
+    def per_linear_parameter(self) -> float:
+        """Bytes."""
         return NF4 if self.quantization else ITEMSIZE
 
     @property
-    def adapters(self) -> int:
-        return self.counts.adapter_per_rank * self.lora_rank
-
-    @property
-    def adapter_itemsize(self) -> int:
-        """PEFT makes adapters float32; TRL turns those of a quantised model to bfloat16."""
-        return 2 if self.quantization else 4
-
-    @property
     def towers(self) -> float:
-        return self.counts.tower_linears * self.stored + self.counts.tower_rest * ITEMSIZE
+        """Bytes."""
+        counts = self.counts
+        return counts.tower_linears * self.per_linear_parameter + counts.tower_rest * ITEMSIZE
+
+    @property
+    def table(self) -> int:
+        """Bytes."""
+        return self.counts.table * ITEMSIZE
+
+    @property
+    def adapters(self) -> int:
+        """Bytes. PEFT makes adapters float32; TRL turns those of a 4-bit model to bfloat16."""
+        itemsize = 2 if self.quantization else 4
+        return self.counts.adapter_per_rank * self.lora_rank * itemsize
+
+    @property
+    def is_mixture(self) -> bool:
+        return bool(getattr(self.counts.text, "enable_moe_block", False))
+
+    def loss(self, tokens: int) -> int:
+        """Bytes of TRL's chunked head."""
+        return loss_bytes(tokens, self.counts.text.hidden_size, self.counts.text.vocab_size)
+
+
+def _weights(run: _Run) -> dict[str, float]:
+    """Bytes of the weights that stay on the GPU: all but the table and towers of an adapter run."""
+    counts = run.counts
+    found = {
+        "text linears": counts.linears * run.per_linear_parameter,
+        "experts": counts.experts * ITEMSIZE,
+        "embedding": counts.embedding * ITEMSIZE,
+        "norms": counts.norms * ITEMSIZE,
+    }
+    if run.lora_rank == 0:
+        found |= {"per-layer table": run.table, "towers": run.towers}
+    return found
+
+
+def _trained(run: _Run) -> dict[str, float]:
+    """Bytes of adapters, gradients and moments. Towers get no gradient in a text-only run."""
+    counts = run.counts
+    if run.lora_rank:
+        moments = counts.adapter_per_rank * run.lora_rank * ADAM_8BIT
+        return {"adapters": run.adapters, "gradients": run.adapters, "optimizer state": moments}
+    embeddings = counts.embedding + counts.table
+    others = counts.linears + counts.experts + counts.norms
+    return {
+        "gradients": (embeddings + others) * ITEMSIZE,
+        "optimizer state": embeddings * ADAM_32BIT + others * ADAM_8BIT,
+    }
+
+
+def _resident(run: _Run) -> float:
+    """Bytes on the GPU all through training."""
+    return sum(_weights(run).values()) + sum(_trained(run).values())
+
+
+# --- bytes of a step ---
+
+
+class _Choice(NamedTuple):
+    """What the policy makes of a batch."""
+
+    modes: Sequence[Mode]
+    graphed: bool = False
 
 
 class _Moment(NamedTuple):
@@ -359,253 +408,263 @@ class _Moment(NamedTuple):
     loss: int
 
 
-def _weights(run: _Run) -> dict[str, float]:
-    """Bytes of the weights that stay on the GPU, by name; towers and table of an adapter run do not."""
-    counts = run.counts
-    found = {
-        "text linears": counts.linears * run.stored,
-        "experts": counts.experts * ITEMSIZE,
-        "embedding": counts.embedding * ITEMSIZE,
-        "norms": counts.norms * ITEMSIZE,
-    }
-    if run.lora_rank == 0:
-        found |= {"per-layer table": counts.table * ITEMSIZE, "towers": run.towers}
-    return {name: size for name, size in found.items() if size}
-
-
-def _trained(run: _Run) -> dict[str, float]:
-    """Bytes of adapters, gradients and the optimizer's moments (8-bit Adam)."""
-    if run.lora_rank == 0:
-        counts = run.counts
-        trained = counts.linears + counts.experts + counts.embedding + counts.norms + counts.table
-        return {"gradients": trained * ITEMSIZE, "optimizer state": trained * ADAM_8BIT}
-    size = run.adapters * run.adapter_itemsize
-    return {"adapters": size, "gradients": size, "optimizer state": run.adapters * ADAM_8BIT}
-
-
-def _resident(run: _Run) -> float:
-    return sum(_weights(run).values()) + sum(_trained(run).values())
-
-
-def _held(run: _Run) -> float:
-    """What the policy takes as given, its way (`wiring._tell_policy`): parameters, and three times those that are trained."""
-    weights = sum(_weights(run).values())
-    if run.quantization:
-        weights -= run.counts.linears * (NF4 - 0.5)  # scales are no parameters
-    trained = run.adapters * run.adapter_itemsize if run.lora_rank else weights
-    return weights + trained * (4 if run.lora_rank else 3)
-
-
-def _modes(run: _Run, batch_size: int, length: int) -> list[Mode]:
-    """What the policy will choose."""
+def _choose(run: _Run, batch_size: int, length: int) -> _Choice:
+    """`MemoryPolicy.modes`, without a tensor to ask about."""
     from gemma_accel.patches.checkpointing import SLACK
 
-    layers = run.counts.layers
-    if run.vram_gib is None or _is_mixture(run):
-        return [Mode.RECOMPUTE] * len(layers)
-    tokens = batch_size * length
-    available = int(run.vram_gib * GIB * (1 - SLACK) - _held(run))
-    return choose_modes(layers, tokens, available, _loss(run, tokens), ITEMSIZE)
+    layers, tokens, loss = run.counts.layers, batch_size * length, run.loss(batch_size * length)
+    if run.vram_gib is None or run.is_mixture:
+        return _Choice([Mode.RECOMPUTE] * len(layers))
+    available = int(run.vram_gib * GIB * (1 - SLACK) - _held(run, batch_size, length))
+    if _captures():
+        graphed = available - loss - _graph_bytes(run, tokens)
+        modes = choose_modes(layers, tokens, graphed, 0, ITEMSIZE)
+        if not {Mode.OFFLOAD, Mode.RECOMPUTE_TILED} & set(modes):
+            return _Choice(modes, graphed=True)
+    return _Choice(choose_modes(layers, tokens, available, loss, ITEMSIZE))
 
 
-def _is_mixture(run: _Run) -> bool:
-    return bool(getattr(run.counts.text, "enable_moe_block", False))
+def _held(run: _Run, batch_size: int, length: int) -> float:
+    """What is taken before layers get theirs: what `wiring._tell_policy` says, or is there now."""
+    scales = run.counts.linears * (NF4 - 0.5) if run.quantization else 0.0  # are no parameters
+    weights = sum(_weights(run).values())
+    trained = run.adapters if run.lora_rank else weights
+    later = weights - scales + run.adapters + 3 * trained
+    embeddings = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
+    now = weights + run.adapters + embeddings + _inputs(run, batch_size, length)
+    return max(later + _between_layers(run, _all(run, Mode.OFFLOAD), batch_size, length), now)
 
 
-def _loss(run: _Run, tokens: int) -> int:
-    return loss_bytes(tokens, run.counts.text.hidden_size, run.counts.text.vocab_size)
+@functools.cache
+def _captures() -> bool:
+    """Whether there is a patch that captures the layers in CUDA graphs."""
+    from gemma_accel.patching import registry
+
+    return any(patch.name == "cuda_graphs" for patch in registry().patches())
 
 
-def _highest(run: _Run, modes: Sequence[Mode], tokens: int) -> _Moment:
-    """`memory.peak_bytes`, in its parts: some layer's backward, or the loss."""
+def _graph_bytes(run: _Run, tokens: int) -> int:
+    """Captured layers' input, output, their gradients, and gradients of what is trained."""
+    return 4 * tokens * run.counts.text.hidden_size * ITEMSIZE + run.adapters
+
+
+def _highest(run: _Run, choice: _Choice, tokens: int) -> _Moment:
+    """`memory.peak_bytes` in its parts: some layer's backward, or the loss."""
+    loss, extra = run.loss(tokens), _experts_bytes(run, tokens, backward=True)
     moments = []
     kept = 0
-    for layer, mode in zip(run.counts.layers, modes, strict=True):
+    for layer, mode in zip(run.counts.layers, choice.modes, strict=True):
         kept += tokens * kept_bytes(layer, mode, ITEMSIZE)
-        workspace = transient_bytes(layer, mode, tokens, ITEMSIZE) + _experts_bytes(run, tokens)
-        moments.append(_Moment(kept, workspace, 0))
-    return max(*moments, _Moment(kept, 0, _loss(run, tokens)), key=sum)
+        moments.append(_Moment(kept, transient_bytes(layer, mode, tokens, ITEMSIZE) + extra, 0))
+    if choice.graphed:  # memory of their own, which the loss cannot use
+        highest = max(moments, key=sum)
+        return _Moment(highest.kept, highest.workspace + _graph_bytes(run, tokens), loss)
+    return max(*moments, _Moment(kept, 0, loss), key=sum)
 
 
-def _experts_bytes(run: _Run, tokens: int) -> int:
-    """A mixture's recomputed block: rows gathered for each expert chosen, gate and up, activation, product, and the way out; then gradients."""
-    text = run.counts.text
-    if not _is_mixture(run):
+def _experts_bytes(run: _Run, tokens: int, *, backward: bool) -> int:
+    """A mixture's block: each token's row for each of its experts, gate, up, their product; out."""
+    if not run.is_mixture:
         return 0
-    chosen, width, hidden = text.top_k_experts, text.moe_intermediate_size, text.hidden_size
-    return tokens * chosen * (3 * hidden + 4 * width) * ITEMSIZE * 3 // 2
+    text = run.counts.text
+    row = 3 * text.hidden_size + 4 * text.moe_intermediate_size
+    once = tokens * text.top_k_experts * row * ITEMSIZE
+    return once * 3 // 2 if backward else once
 
 
-def _between_layers(run: _Run, modes: Sequence[Mode], batch_size: int, length: int) -> int:
-    """What passes between layers: embeddings and their gradient, rotations, the keys and values that later layers share, ids and labels."""
-    tokens, text, layers = batch_size * length, run.counts.text, run.counts.layers
-    total = tokens * 3 * 8
-    for size in {layer.queries // text.num_attention_heads for layer in layers}:
-        total += 2 * length * size * ITEMSIZE  # cosines and sines, the same for all of a batch
-    if text.hidden_size_per_layer_input:
-        embeds = tokens * text.hidden_size * ITEMSIZE
-        total += embeds * (
-            2 if modes[0] is Mode.OFFLOAD else 1
-        )  # their gradient; themselves, where layer 0 does not keep them
+def _inputs(run: _Run, batch_size: int, length: int) -> int:
+    """Ids, labels and mask, and cosines and sines of each head size (one row for all sequences)."""
+    heads = run.counts.text.num_attention_heads
+    sizes = {layer.queries // heads for layer in run.counts.layers}
+    return batch_size * length * 3 * 8 + sum(2 * length * size * ITEMSIZE for size in sizes)
+
+
+def _between_layers(run: _Run, choice: _Choice, batch_size: int, length: int) -> int:
+    """What passes between layers: `_inputs`, the embeddings, keys and values that layers share."""
+    tokens, layers = batch_size * length, run.counts.layers
+    total = _inputs(run, batch_size, length)
+    if run.counts.text.hidden_size_per_layer_input:
+        # every layer reads the embeddings and adds to their gradient; layer 0 may keep them anyway
+        copies = 2 if choice.modes[0] is Mode.OFFLOAD else 1
+        total += copies * tokens * run.counts.text.hidden_size * ITEMSIZE
     for index in _shared(layers):
-        pair = tokens * 2 * layers[index].keys * ITEMSIZE
-        total += pair * (2 if modes[index] in _RECOMPUTING else 1)
+        kept = choice.modes[index] in (Mode.KEEP, Mode.RECOMPUTE_MLP)
+        total += (1 if kept else 2) * tokens * 2 * layers[index].keys * ITEMSIZE
     return total
 
 
 def _shared(layers: Sequence[LayerShape]) -> list[int]:
-    """The layers whose keys and values others use: the last of each kind that has its own."""
+    """The layers whose keys and values others use: the last of each kind with its own."""
     if all(layer.keys for layer in layers):
         return []
-    last = {layer.sliding: index for index, layer in enumerate(layers) if layer.keys}
-    return sorted(last.values())
+    return sorted({layer.sliding: i for i, layer in enumerate(layers) if layer.keys}.values())
 
 
-def _reserved(run: _Run, allocated: float) -> float:
-    """What the allocator reserves for ``allocated`` bytes: the policy's slack, less where the limit is near and it has to tidy up first."""
-    from gemma_accel.patches.checkpointing import SLACK
-
-    freely = allocated / (1 - SLACK)
+def _reserved(run: _Run, resident: float, passing: float) -> float:
+    """What the allocator reserves: some more than ``passing``, but near the limit it tidies up."""
+    freely = resident + passing * (1 + PIECES)
     if run.vram_gib is None:
         return freely
-    return min(freely, max(run.vram_gib * GIB, allocated * (1 + TIDY)))
+    return min(freely, max(run.vram_gib * GIB, (resident + passing) * (1 + TIDY)))
 
 
-def _train_bytes(run: _Run, modes: Sequence[Mode], batch_size: int, length: int) -> float:
-    moment = _highest(run, modes, batch_size * length)
-    return _reserved(
-        run, _resident(run) + sum(moment) + _between_layers(run, modes, batch_size, length)
-    )
+def _train_peak(run: _Run, choice: _Choice, batch_size: int, length: int) -> float:
+    moment = _highest(run, choice, batch_size * length)
+    passing = sum(moment) + _between_layers(run, choice, batch_size, length)
+    return _reserved(run, _resident(run), passing)
 
 
 def _load_peak(run: _Run) -> float:
-    """What Transformers reserves up front (half a byte for each parameter to be quantised), the scales, and bf16 weights on their way to NF4."""
+    """Bytes reserved up front, the scales of 4-bit weights, and bf16 weights on the way to NF4."""
     counts = run.counts
-    linears, rest = (
-        counts.linears + counts.tower_linears,
-        counts.embedding + counts.experts + counts.norms + counts.tower_rest,
-    )
-    table = counts.table if run.lora_rank == 0 else 0
+    rest = counts.embedding + counts.experts + counts.norms + counts.tower_rest
+    if run.lora_rank == 0:
+        rest += counts.table
+    linears = counts.linears + counts.tower_linears
     on_the_way = counts.largest_linear * ITEMSIZE * (3 if run.quantization else 1)
-    return linears * run.stored + (rest + table) * ITEMSIZE + on_the_way
+    return linears * run.per_linear_parameter + rest * ITEMSIZE + on_the_way
 
 
-def _eval_bytes(
-    run: _Run, modes: Sequence[Mode], batch_size: int, length: int, train_tokens: int
-) -> float:
-    """An evaluation: one layer's forward at a time, the shared keys and values, the head in chunks; no gradients."""
-    tokens, text = batch_size * length, run.counts.text
-    highest = 0
-    for layer, mode in zip(run.counts.layers, modes, strict=True):
-        _, tile = mlp_schedule(mode, train_tokens)  # a module keeps what training told it
+def _eval_peak(run: _Run, choice: _Choice, length: int, train_tokens: int) -> float:
+    """One layer's forward at a time, shared keys and values, the head in chunks; no gradients."""
+    tokens, text = EVAL_BATCH * length, run.counts.text
+    widest = 0
+    for layer, mode in zip(run.counts.layers, choice.modes, strict=True):
+        _, tile = mlp_schedule(mode, train_tokens)  # a module stays as training left it
         mlp = 3 * min(tokens, tile or tokens) * layer.mlp
-        attention = tokens * (3 * layer.queries + 4 * layer.keys)
-        highest = max(highest, mlp, attention)
+        widest = max(widest, mlp, tokens * (3 * layer.queries + 4 * layer.keys))
     hidden = tokens * text.hidden_size
-    head = min(tokens, 4096) * min(text.vocab_size, 32768) * ITEMSIZE + hidden * ITEMSIZE
-    work = (highest + 4 * hidden) * ITEMSIZE + _experts_bytes(run, tokens)
+    layer_work = (widest + 4 * hidden) * ITEMSIZE + _experts_bytes(run, tokens, backward=False)
+    head = (min(tokens, 4096) * min(text.vocab_size, 32768) + hidden) * ITEMSIZE
+    keeping = _Choice([Mode.KEEP] * len(choice.modes))  # no gradients of shared keys and values
+    between = _between_layers(run, keeping, EVAL_BATCH, length)
     fixed = _resident(run) - _trained(run)["gradients"]
-    return _reserved(run, fixed + max(work, head) + _between_layers(run, modes, batch_size, length))
+    return _reserved(run, fixed, max(layer_work, head) + between)
 
 
-def _offloaded(run: _Run, modes: Sequence[Mode], tokens: int) -> int:
-    return (
-        tokens
-        * run.counts.text.hidden_size
-        * ITEMSIZE
-        * sum(mode is Mode.OFFLOAD for mode in modes)
-    )
+# --- stock, for comparison ---
 
 
-# -- the plan ----------------------------------------------------------------------------------------------------------
+def _stock_train_peak(run: _Run, batch_size: int, length: int) -> float:
+    """Stock TRL: table and towers on the GPU, layers checkpointed, one of them replayed."""
+    tokens, layers = batch_size * length, run.counts.layers
+    table_width = len(layers) * (run.counts.text.hidden_size_per_layer_input or 0)
+    checkpoints = len(layers) * run.counts.text.hidden_size * ITEMSIZE
+    rows = table_width * 8  # the norm's float32 copy, rows or projection, and a gradient
+    replayed = max(_stock_kept(layer) + 4 * layer.mlp for layer in layers)
+    per_token = checkpoints + rows + replayed
+    passing = max(tokens * per_token, tokens * (checkpoints + rows) + run.loss(tokens))
+    resident = _resident(run)
+    if run.lora_rank:
+        resident += run.table + run.towers
+    passing += _experts_bytes(run, tokens, backward=True)
+    return resident + passing * (1 + STOCK_PIECES)
+
+
+def _stock_kept(layer: LayerShape) -> int:
+    """Bytes a token that a stock layer keeps: float32 copies in norms, four times F in the MLP."""
+    norms = 5 if layer.per_layer else 4
+    wide = norms * layer.hidden + layer.queries + 2 * layer.keys
+    narrow = 4 * layer.mlp + 2 * layer.hidden + 2 * layer.queries + 2 * layer.keys
+    return 4 * wide + ITEMSIZE * (narrow + 3 * layer.per_layer)
+
+
+# --- the plan ---
 
 
 def _plan(run: _Run, batch_size: int, length: int) -> Plan:
-    modes = _modes(run, batch_size, length)
-    load = _load_peak(run)
+    choice = _choose(run, batch_size, length)
     made = Plan(
-        model=_name(run.counts),
+        model=f"{run.counts.kind}, {run.counts.total / 1e9:.2f}B parameters",
         vram_gib=run.vram_gib,
         batch_size=batch_size,
         sequence_length=length,
         quantization=run.quantization,
         lora_rank=run.lora_rank,
-        components=_components(run, modes, batch_size, length),
-        load_peak_gib=load / GIB,
-        eval_peak_gib=_eval_bytes(run, modes, EVAL_BATCH, length, batch_size * length) / GIB,
-        process_gib=PROCESS,
-        choices=_choices(run, modes, batch_size, length),
+        components=_components(run, choice, batch_size, length),
+        load_peak_gib=_load_peak(run) / GIB,
+        eval_peak_gib=_eval_peak(run, choice, length, batch_size * length) / GIB,
+        choices=_choices(run, choice, batch_size, length),
         longest_sequence=_longest(run, batch_size),
         largest_batch=_largest(run, length),
-        notes=_notes(run),
     )
-    made.remedies.extend([] if made.fits else _remedies(run, made))
+    made.notes.extend(_notes(run))
+    if not made.fits:
+        made.remedies.extend(_remedies(run, made))
     return made
 
 
-def _components(run: _Run, modes: Sequence[Mode], batch_size: int, length: int) -> dict[str, float]:
-    moment = _highest(run, modes, batch_size * length)
-    found = {**_weights(run), **_trained(run)}
-    found |= {
+def _components(run: _Run, choice: _Choice, batch_size: int, length: int) -> dict[str, float]:
+    """GiB by name."""
+    moment = _highest(run, choice, batch_size * length)
+    between = _between_layers(run, choice, batch_size, length)
+    resident, passing = _resident(run), sum(moment) + between
+    found: dict[str, float] = {
+        **_weights(run),
+        **_trained(run),
         "kept activations": moment.kept,
-        "workspace": moment.workspace + _between_layers(run, modes, batch_size, length),
+        "workspace": moment.workspace + between,
         "loss": moment.loss,
+        "allocator slack": _reserved(run, resident, passing) - resident - passing,
     }
-    allocated = sum(found.values())
-    found["allocator slack"] = _reserved(run, allocated) - allocated
     if run.lora_rank:
-        found |= {
-            "per-layer table (host)": run.counts.table * ITEMSIZE,
-            "towers (host)": run.towers,
-        }
-    found["offloaded inputs (host)"] = _offloaded(run, modes, batch_size * length)
+        found |= {"per-layer table" + _HOST: run.table, "towers" + _HOST: run.towers}
+    input_bytes = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
+    found["offloaded inputs" + _HOST] = input_bytes * list(choice.modes).count(Mode.OFFLOAD)
+    found["Python and libraries" + _HOST] = PROCESS * GIB
     return {name: size / GIB for name, size in found.items() if size}
 
 
-def _choices(run: _Run, modes: Sequence[Mode], batch_size: int, length: int) -> dict[str, Any]:
-    place = "host memory" if run.lora_rank else "GPU: trained"
-    peak = _train_bytes(run, modes, batch_size, length)
-    others = {
-        f"every layer: {m.value}": _train_bytes(run, [m] * len(modes), batch_size, length)
-        for m in _offered(run)
-    }
-    if run.lora_rank:
-        if run.counts.table:
-            others["per-layer table on the GPU"] = peak + run.counts.table * ITEMSIZE
-        if run.towers:
-            others["towers on the GPU"] = peak + run.towers
-        other = _Run(run.counts, run.vram_gib, None if run.quantization else "nf4", run.lora_rank)
-        others["bfloat16 base" if run.quantization else "NF4 base"] = _train_bytes(
-            other, modes, batch_size, length
-        )
-    counted = Counter(mode.value for mode in modes)
+def _choices(run: _Run, choice: _Choice, batch_size: int, length: int) -> dict[str, Any]:
+    counted = Counter(choice.modes)
+    where = "host memory" if run.lora_rank else "GPU memory: trained"
+    others = _alternatives(run, choice, batch_size, length)
     return {
-        "layers": {mode.value: counted[mode.value] for mode in Mode if counted[mode.value]},
-        "table": place if run.counts.table else "the model has none",
-        "towers": place if run.towers else "the model has none",
+        "layers": {mode.value: counted[mode] for mode in Mode if counted[mode]},
+        "graphs": choice.graphed,
+        "table": where if run.table else "the model has none",
+        "towers": where if run.towers else "the model has none",
         "alternatives": {name: size / GIB for name, size in others.items()},
     }
 
 
-def _offered(run: _Run) -> Sequence[Mode]:
-    return (Mode.RECOMPUTE,) if _is_mixture(run) else tuple(Mode)
+def _alternatives(run: _Run, choice: _Choice, batch_size: int, length: int) -> dict[str, float]:
+    """Training's peak in bytes, were one thing otherwise."""
+    peak = _train_peak(run, choice, batch_size, length)
+    found = {
+        f"every layer: {mode.value}": _train_peak(run, _all(run, mode), batch_size, length)
+        for mode in _modes_of(run)
+    }
+    if run.lora_rank:
+        found |= {"per-layer table on the GPU": peak + run.table} if run.table else {}
+        found |= {"towers on the GPU": peak + run.towers} if run.towers else {}
+        other = dataclasses.replace(run, quantization=None if run.quantization else "nf4")
+        name = "bfloat16 weights, same layers" if run.quantization else "NF4 weights, same layers"
+        found[name] = _train_peak(other, choice, batch_size, length)
+    found["stock TRL, training"] = _stock_train_peak(run, batch_size, length)
+    found["stock TRL, loading"] = _load_peak(run) + (run.table if run.lora_rank else 0)
+    return found
+
+
+def _modes_of(run: _Run) -> Sequence[Mode]:
+    """Layers with a mixture of experts are left to stock's checkpointing."""
+    return (Mode.RECOMPUTE,) if run.is_mixture else tuple(Mode)
+
+
+def _all(run: _Run, mode: Mode) -> _Choice:
+    return _Choice([mode] * len(run.counts.layers))
 
 
 def _fits(run: _Run, batch_size: int, length: int) -> bool:
-    """Whether the run fits with that batch in some arrangement."""
+    """Whether it does with what the policy would choose."""
     if run.vram_gib is None:
         return True
-    return max(_load_peak(run), _least(run, batch_size, length)) <= run.vram_gib * GIB
-
-
-def _least(run: _Run, batch_size: int, length: int) -> float:
-    """Bytes of the arrangement that takes least."""
-    count = len(run.counts.layers)
-    return min(_train_bytes(run, [mode] * count, batch_size, length) for mode in _offered(run))
+    peak = _train_peak(run, _choose(run, batch_size, length), batch_size, length)
+    return _within(run.vram_gib, max(peak, _load_peak(run)) / GIB)
 
 
 def _last(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n in 1..most that fits, 0 where none does."""
+    """The largest n up to ``most`` that fits, given that all smaller ones do; 0 where none does."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -617,85 +676,118 @@ def _longest(run: _Run, batch_size: int) -> int:
     """In steps of 64 tokens, up to what the model was made for."""
     most = run.counts.text.max_position_embeddings
     steps = _last(lambda n: _fits(run, batch_size, 64 * n), most // 64)
-    return 64 * steps if steps else _last(lambda n: _fits(run, batch_size, n), 63)
+    return 64 * steps or _last(lambda n: _fits(run, batch_size, n), min(most, 63))
 
 
 def _largest(run: _Run, length: int) -> int:
-    return _last(lambda n: _fits(run, n, length), 4096)
+    return _last(lambda n: _fits(run, n, length), 1024)
+
+
+def _needed(run: _Run, batch_size: int, length: int) -> float:
+    """GiB of GPU memory, in tenths, with which it would fit."""
+
+    def fits(tenths: int) -> bool:
+        return _fits(dataclasses.replace(run, vram_gib=tenths / 10), batch_size, length)
+
+    assert run.vram_gib is not None
+    low, high = math.floor(run.vram_gib * 10), math.ceil(run.vram_gib * 10) + 1
+    while not fits(high):
+        low, high = high, 2 * high
+    return (low + 1 + _last(lambda n: not fits(low + n), high - low - 1)) / 10
 
 
 def _remedies(run: _Run, made: Plan) -> list[str]:
-    """What would fit, the least painful first."""
-    found = []
+    """What would fit, each on its own."""
     batch_size, length = made.batch_size, made.sequence_length
-    if run.quantization is None and run.lora_rank:
-        other = _Run(run.counts, run.vram_gib, "nf4", run.lora_rank)
-        if _fits(other, batch_size, length):
-            found.append('load the model in 4 bits: quantization="nf4"')
+    found = []
     if made.largest_batch:
         steps = math.ceil(batch_size / made.largest_batch)
         found.append(
-            f"per_device_train_batch_size={made.largest_batch}, with gradient_accumulation_steps={steps}"
+            f"per_device_train_batch_size={made.largest_batch} with "
+            f"gradient_accumulation_steps={steps} in place of 1"
         )
     if made.longest_sequence:
         found.append(f"sequences of at most {made.longest_sequence:,} tokens")
-    if run.lora_rank == 0:
-        found.append("adapters in place of every weight: lora_rank=16")
-    needed = max(_least(run, batch_size, length), _load_peak(run)) / GIB
-    found.append(f"{math.ceil(needed * 10) / 10:.1f} GiB of GPU memory")
+    adapters = dataclasses.replace(run, lora_rank=16)
+    if run.lora_rank == 0 and _fits(adapters, batch_size, length):
+        found.append("adapters in place of training every weight (lora_rank=16)")
+    elif run.quantization is None and _fits(
+        dataclasses.replace(adapters, quantization="nf4"), batch_size, length
+    ):
+        found.append("adapters on 4-bit weights (quantization='nf4')")
+    found.append(f"{_needed(run, batch_size, length):.1f} GiB of GPU memory")
     return found
 
 
 def _notes(run: _Run) -> list[str]:
-    notes = ["a text-only run; CUDA's own context (0.3 to 0.5 GiB) comes on top of every figure"]
-    if _is_mixture(run):
+    notes = [
+        "a text-only run with adamw_8bit; CUDA's own context, 0.3 to 0.5 GiB, comes on top",
+        "the evaluation is TRL's; plain Trainer's makes logits of the whole batch",
+    ]
+    if run.is_mixture:
         notes.append(
-            "experts are no nn.Linear: bitsandbytes leaves them in bfloat16; layers with them are checkpointed as stock does"
+            "experts are not nn.Linear: bitsandbytes leaves them in bfloat16; layers with experts "
+            "are checkpointed as stock does"
         )
     if "unified" in run.counts.kind:
         notes.append(
-            "no patch covers the unified model's classes yet: the figures are what its text stack would take with them"
+            "no patch covers the unified model's classes yet: the figures are for its text stack "
+            "as the other models' is run"
         )
     return notes
 
 
-def _name(counts: _Counts) -> str:
-    total = sum(getattr(counts, place) for place in _PLACES)
-    return f"{counts.kind}, {total / 1e9:.2f}B parameters"
+# --- the tables ---
 
 
-def _render(made: Plan) -> Any:
+def _places_table(made: Plan) -> Any:
     from rich.table import Table
 
-    base = "NF4" if made.quantization else "bfloat16"
+    weights = "NF4" if made.quantization else "bfloat16"
     how = f"LoRA rank {made.lora_rank}" if made.lora_rank else "every weight trained"
-    title = f"{made.model}: {base}, {how}, {made.batch_size} x {made.sequence_length:,} tokens"
-    table = Table(title=title, title_justify="left", expand=False)
-    for column in ("GiB", "GPU", "host"):
-        table.add_column(column, justify="left" if column == "GiB" else "right")
+    title = (
+        f"{made.model}\n{weights}, {how}, {made.batch_size} x {made.sequence_length:,} tokens, GiB"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("what", min_width=28)
+    table.add_column("GPU", justify="right")
+    table.add_column("host", justify="right")
     for name, size in made.components.items():
-        on_host = name.endswith("(host)")
-        table.add_row(
-            name.removesuffix(" (host)"),
-            "" if on_host else f"{size:.2f}",
-            f"{size:.2f}" if on_host else "",
-        )
-    table.add_row("Python and libraries", "", f"{made.process_gib:.2f}", end_section=True)
-    table.add_row("training", f"{made.peak_gib:.2f}", f"{made.host_gib:.2f}")
-    table.add_row("loading", f"{made.load_peak_gib:.2f}", "")
-    table.add_row(
-        f"evaluation, {EVAL_BATCH} x {made.sequence_length:,}", f"{made.eval_peak_gib:.2f}", ""
-    )
-    yield table
-    yield "layers: " + ", ".join(
-        f"{count} {mode}" for mode, count in made.choices["layers"].items()
-    )
-    yield "instead: " + "; ".join(
-        f"{name} {size:.2f}" for name, size in made.choices["alternatives"].items()
-    )
+        row = (_gib(size), "") if not name.endswith(_HOST) else ("", _gib(size))
+        table.add_row(name.removesuffix(_HOST), *row)
+    table.add_section()
+    table.add_row("training", _gib(made.peak_gib), _gib(made.host_gib))
+    table.add_row("loading", _gib(made.load_peak_gib), "")
+    evaluation = f"evaluation, {EVAL_BATCH} x {made.sequence_length:,} tokens"
+    table.add_row(evaluation, _gib(made.eval_peak_gib), "")
+    return table
+
+
+def _choices_table(made: Plan) -> Any:
+    from rich.table import Table
+
+    table = Table(title="instead, GiB", title_justify="left")
+    table.add_column("with", min_width=28)
+    table.add_column("GPU", justify="right")
+    for name, size in made.choices["alternatives"].items():
+        table.add_row(name, _gib(size))
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size:.2f}" if size >= 0.005 else "<0.01"
+
+
+def _sentences(made: Plan) -> Iterator[str]:
+    layers = ", ".join(f"{count} {mode}" for mode, count in made.choices["layers"].items())
+    yield f"layers: {layers}" + (", captured in CUDA graphs" if made.choices["graphs"] else "")
     if made.vram_gib is not None:
-        yield f"fits {made.vram_gib:g} GiB" if made.fits else f"does not fit {made.vram_gib:g} GiB"
-        yield f"longest sequence at batch {made.batch_size}: {made.longest_sequence:,}; largest batch at {made.sequence_length:,}: {made.largest_batch}"
+        verdict = "fits" if made.fits else "does not fit"
+        yield f"{verdict} {made.vram_gib:g} GiB"
+        yield f"longest sequence at batch size {made.batch_size}: {made.longest_sequence:,} tokens"
+        yield f"largest batch of {made.sequence_length:,} tokens: {made.largest_batch}"
+        if not _within(made.vram_gib, made.eval_peak_gib):
+            yield "evaluation does not: set per_device_eval_batch_size lower"
     for remedy in made.remedies:
         yield f"would fit: {remedy}"
     for note in made.notes:
