@@ -14,6 +14,7 @@ the first two ways, about 10 ms the third.
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import os
 import weakref
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from gemma_accel.kernels.ple import HostRows, gather_rows
 
-__all__ = ["FileSlice", "HostTable", "Rows", "StaleFileError", "locked_empty"]
+__all__ = ["FileSlice", "HostTable", "Rows", "StaleFileError", "host_empty", "locked_empty"]
 
 
 class StaleFileError(RuntimeError):
@@ -177,11 +178,11 @@ class HostTable:
         """Copy the table to page-locked memory of this process. Returns the reason where that is not possible."""
         if refusal := _why_not_lock(self.nbytes, shared=False):
             return refusal
-        if isinstance(self.source, FileSlice):
-            copy = torch.empty(self.shape, dtype=self.dtype)
-            copy.copy_(self.tensor())
+        if isinstance(self.source, Tensor) and hasattr(self.source, "_gemma_accel_pages"):
+            copy = self.source
         else:
-            copy = self.source.contiguous()
+            copy = host_empty(self.shape, self.dtype)
+            copy.copy_(self.tensor())
         # registered rather than allocated pinned: the caching host allocator would round 4.4 GiB up to 8
         registration = _Registration.of_tensor(copy)
         if isinstance(registration, str):
@@ -248,12 +249,24 @@ class Rows:
         return gather_rows(host, self.ids, start, width)
 
 
+def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised CPU tensor on memory pages of its own.
+
+    Registered memory must not share a page with anything else: a copy from or to a tensor that is partly registered fails.
+    """
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, max(count * dtype.itemsize, 1))
+    tensor = torch.frombuffer(pages, dtype=dtype, count=count).view(shape) if count else torch.empty(shape, dtype=dtype)
+    tensor._gemma_accel_pages = pages  # type: ignore[attr-defined]
+    return tensor
+
+
 def locked_empty(nbytes: int) -> Tensor:
     """``nbytes`` of page-locked memory as a uint8 CPU tensor; pageable where locking is refused.
 
     Locked by registration: PyTorch's own pinned allocator rounds up to a power of two, twice the memory at worst.
     """
-    tensor = torch.empty(nbytes, dtype=torch.uint8)
+    tensor = host_empty((nbytes,), torch.uint8)
     registration = _Registration.of_tensor(tensor)
     if not isinstance(registration, str):
         registration._keep = None  # the tensor keeps the registration, not the other way round

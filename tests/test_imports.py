@@ -62,7 +62,8 @@ MAY = {
     "hookspecs": {"report"},  # for its annotations only
     "registry": {"errors", "hookspecs"},
     "report": {"errors"},
-    "patches": {"patches", "kernels", "hookspecs", "errors", "hostmemory", "report", "models"},
+    "patches": {"patches", "kernels", "hookspecs", "errors", "hostmemory", "memory", "report", "models"},
+    "memory": set(),
     "hostmemory": {"kernels"},
     "errors": set(),
 }

@@ -29,7 +29,7 @@ from gemma_accel.kernels.segments import (
 )
 from gemma_accel.patches.seams import Fused, Undoing
 
-__all__ = ["NAME", "attention_patch"]
+__all__ = ["NAME", "attention_patch", "unpack"]
 
 NAME = "gemma_accel"
 
@@ -83,7 +83,18 @@ def mask(
         segments = segments_from_position_ids(positions, attention_mask)
     if segments is None:
         return None
-    return torch.stack(tuple(segments)).permute(1, 0, 2).unsqueeze(-1)
+    packed = torch.stack((segments.first, segments.last)).permute(1, 0, 2).unsqueeze(-1)
+    unpack(packed)
+    return packed
+
+
+def unpack(packed: Tensor) -> Segments:
+    """The `Segments` of a mask [B, 2, T, 1], the same object for every layer: what is worked out about it stays with it."""
+    segments = getattr(packed, "_gemma_accel_segments", None)
+    if segments is None:
+        segments = Segments(packed[:, 0, :, 0], packed[:, 1, :, 0])
+        packed._gemma_accel_segments = segments  # type: ignore[attr-defined]
+    return segments
 
 
 class _Padding(NamedTuple):
@@ -140,9 +151,7 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    segments = None
-    if attention_mask is not None:
-        segments = Segments(attention_mask[:, 0, :, 0], attention_mask[:, 1, :, 0])
+    segments = None if attention_mask is None else unpack(attention_mask)
     if query.shape[2] != key.shape[2]:
         # generation, or `logits_to_keep`, needs the last positions only of the layers that share keys
         dense = _dense(query.shape[2], key.shape[2], sliding_window, segments, query.device)

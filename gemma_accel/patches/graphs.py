@@ -13,6 +13,7 @@ of the same budget; the policy in `checkpointing` decides whether there is enoug
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from typing import Any
 
@@ -231,6 +232,10 @@ class StackGraphs:
         self._captures += 1
         self._inside = True
         enabled, dtype = self._key[4]
+        # what the collector would free in the middle of a capture (another model's locked memory) may not be freed there
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()
         try:
             with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
                 self._captured = _Captured(self, text, hidden, rest)
@@ -242,6 +247,8 @@ class StackGraphs:
             torch.cuda.empty_cache()
         finally:
             self._inside = False
+            if collecting:
+                gc.enable()
         return self._captured is not None
 
     def eager(

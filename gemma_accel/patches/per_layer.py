@@ -23,7 +23,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4TextScaledWordEmbedding,
 )
 
-from gemma_accel.hostmemory import FileSlice, HostTable, Rows
+from gemma_accel.hostmemory import FileSlice, HostTable, Rows, host_empty
 from gemma_accel.kernels.ple import gather_rows, ple_gate
 from gemma_accel.patches.dtypes import why_not_dtype
 from gemma_accel.patches.projections import project_rows, rows_apart
@@ -293,7 +293,9 @@ def _bring_back(table: HostPerLayerEmbedding, device: torch.device) -> None:
 
 def _send_away(table: Gemma4TextScaledWordEmbedding) -> None:
     weight = table.weight
-    requires_grad, on_cpu = weight.requires_grad, weight.detach().to("cpu")
+    requires_grad = weight.requires_grad
+    on_cpu = host_empty(tuple(weight.shape), weight.dtype)
+    on_cpu.copy_(weight.detach())
     table.__class__ = HostPerLayerEmbedding
     table._parameters["weight"] = None
     table.bind(on_cpu, requires_grad=requires_grad)
