@@ -60,7 +60,7 @@ def apply(
     Args:
         model: a `Gemma4ForConditionalGeneration` or `Gemma4ForCausalLM`, or a `PeftModel` around one. Its linear layers may be
             quantised to NF4 (bitsandbytes); PEFT may wrap it before or after.
-        vram_gib: the GPU memory to live in, in GiB. Default: what the device has free plus what the model holds, or the
+        vram_gib: the GPU memory to live in, in GiB; the allocator is then held to it. Default: what the device has free plus what the model holds, or the
             allocator's own cap (`torch.cuda.set_per_process_memory_fraction`) where that is less.
         patches: names of the patches to install; default all.
         strict: raise instead of leaving a module stock on a CUDA device.
@@ -91,7 +91,7 @@ def apply(
         _refuse_skips(report)
     try:
         _install(candidates, report)
-        wiring.on_applied(model, base, report, budget)
+        wiring.on_applied(model, base, report, budget, capped=vram_gib is not None)
         setattr(base, _REPORT, report)
         report._undos.insert(0, functools.partial(delattr, base, _REPORT))
         registry().applied(model, report)

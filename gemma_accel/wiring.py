@@ -8,11 +8,13 @@ just before it) and before the optimizer exists; `train` reaches a trainer that 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from gemma_accel.hotpath import remembered
@@ -26,8 +28,11 @@ _originals: dict[str, Any] = {}
 _automatic = False
 
 
-def on_applied(model: Any, base: nn.Module, report: Report, budget: float | None) -> None:
-    """Finish an `apply`: the loss-scaling flag, the Trainer's wrappers, and the table where it is already known to be frozen."""
+def on_applied(
+    model: Any, base: nn.Module, report: Report, budget: float | None, *, capped: bool
+) -> None:
+    """Finish an `apply`: the loss-scaling flag, the Trainer's wrappers, the memory to live in, and the table where it is already known
+    to be frozen. ``capped``: the budget is the user's own figure, which the allocator is then held to."""
     from gemma_accel.callback import accept_loss_kwargs
     from gemma_accel.models import model_device
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
@@ -37,10 +42,32 @@ def on_applied(model: Any, base: nn.Module, report: Report, budget: float | None
     weakref.finalize(base, let_go)  # a model that is dropped without `restore` lets go too
     report._undos.append(let_go)
     text = text_model(base)
+    report._plan = functools.partial(_plan, weakref.ref(base), budget)
+    if capped and budget is not None and torch.cuda.is_available():
+        report._undos.append(_cap_allocator(budget, model_device(base)))
+        report.note("memory", f"the allocator is held to {budget:g} GiB")
     if (policy := getattr(text, "memory", None)) is not None and budget is not None:
         policy.budget = int(budget * 2**30)
     if hasattr(model, "peft_config") and isinstance(text, FusedGemma4TextModel):
         report.note("per-layer table", settle_table(text, model_device(base)))
+
+
+def _plan(base: Any, budget: float | None, *, batch_size: int, sequence_length: int) -> Any:
+    from gemma_accel.planner import plan_for_model
+
+    model = base()
+    if model is None:
+        raise RuntimeError("the model that this report belongs to is gone")
+    return plan_for_model(model, budget, batch_size, sequence_length)
+
+
+def _cap_allocator(gib: float, device: torch.device) -> Callable[[], None]:
+    """Hold PyTorch's allocator to ``gib`` (it frees what it caches before it grows), unless it is held to less; returns the undo."""
+    index = device.index if device.type == "cuda" else None
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    total = torch.cuda.get_device_properties(index or torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(before, gib * 2**30 / total), index)
+    return functools.partial(torch.cuda.set_per_process_memory_fraction, before, index)
 
 
 def apply_automatically() -> None:
@@ -107,6 +134,10 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
             _prepare(self, self.model, self.args, self.train_dataset, report)  # built before `apply`
         if report is not None:
             _attach(self, report)
+            if os.environ.get("GEMMA_ACCEL_VERIFY", "0") not in ("", "0"):
+                from gemma_accel.verification import verify_before_training
+
+                verify_before_training(self)
             with remembered(self.model):
                 return original(self, *args, **kwargs)
         return original(self, *args, **kwargs)
