@@ -45,11 +45,11 @@ NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 # bytes a parameter for 8-bit Adam: two moments, each with a float32 scale a block of 256
 ADAM_8BIT = 2 * (1 + 4 / 256)
 ADAM_32BIT = 8  # what Trainer has bitsandbytes use for embeddings
-# of what comes and goes in a step: reserved beyond it for being in pieces (H100, see the tests)
+# of what comes and goes in a step: reserved beyond it for being in pieces (measured, see the tests)
 PIECES, STOCK_PIECES = 0.25, 0.33
 TIDY = 0.02  # of all allocations: the pieces that stay once the allocator has given back others
 EVAL_BATCH = 8  # transformers' per_device_eval_batch_size
-PROCESS = 2.0  # GiB of host memory for Python, torch and CUDA's libraries (assumed)
+PROCESS = 1.9  # GiB of host memory for Python, torch and CUDA's libraries (measured)
 
 _ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
@@ -501,7 +501,10 @@ def _shared(layers: Sequence[LayerShape]) -> list[int]:
 
 
 def _reserved(run: _Run, resident: float, passing: float) -> float:
-    """What the allocator reserves: some more than ``passing``, but near the limit it tidies up."""
+    """What the allocator reserves: some more than ``passing``, but near the limit it tidies up.
+
+    The limit is one that it meets: `apply` holds it to ``vram_gib``, and a card has its own.
+    """
     freely = resident + passing * (1 + PIECES)
     if run.vram_gib is None:
         return freely
