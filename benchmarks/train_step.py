@@ -2,8 +2,9 @@
 
     python -m benchmarks.train_step --works W1 W2 --stacks trl gemma_accel --out results.json
 
-A parent starts one worker a stack. Every worker is the same stock TRL script; what differs is one import. A worker waits for its turn before each
-optimizer step, so that the stacks' steps alternate on the same card in the same minute, and reports time, memory and, for one more step under the
+A parent starts one worker a stack. Every worker is the same stock TRL script; what differs is one
+import. A worker waits for its turn before each optimizer step, so that the stacks' steps alternate
+on the same card in the same minute, and reports time, memory and, for one more step under the
 profiler, launches and GPU-busy time.
 """
 
@@ -21,12 +22,15 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.works import ADAPTED, WORKS, build_checkpoint, random_rows, train_flops
+from benchmarks.works import ADAPTED, WORKS, random_rows, train_flops
 
-PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 800}  # bf16, dense, as measured with an 8192-cubed product on random data
+PEAK_TFLOPS = {
+    "NVIDIA H100 80GB HBM3": 800
+}  # bf16, dense, as measured with an 8192-cubed product on random data
 
 
-# -- the worker: a stock TRL script -----------------------------------------------------------------------------------
+# -- the worker: a stock TRL script
+# -----------------------------------------------------------------------------------
 
 
 def worker(spec: dict) -> None:
@@ -184,13 +188,19 @@ def _measure_class():
 
         def results(self):
             timed = self.times[self.spec["warmup"] :]
-            return {"step_s": statistics.median(timed), "step_s_all": self.times, **(self.profile or {})}
+            return {
+                "step_s": statistics.median(timed),
+                "step_s_all": self.times,
+                **(self.profile or {}),
+            }
 
     return Measure
 
 
 def _device_events(profiler) -> dict:
-    """Launches (kernels, copies, memsets) of the profiled step, and the time the device was busy, overlaps counted once."""
+    """Launches (kernels, copies, memsets) of the profiled step, and the time the device was busy,
+    overlaps counted once.
+    """
     from collections import defaultdict
 
     spans, names = [], defaultdict(lambda: [0, 0.0])
@@ -221,7 +231,8 @@ def _say(message: dict) -> None:
     print("@" + json.dumps(message), flush=True)
 
 
-# -- the parent: turns --------------------------------------------------------------------------------------------------
+# -- the parent: turns
+# --------------------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -230,7 +241,12 @@ class Worker:
     def __init__(self, spec: dict, log: Path) -> None:
         self.spec, self.result, self.error = spec, None, None
         self.log = log.open("w")
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONUNBUFFERED": "1",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.train_step", "--worker", json.dumps(spec)],
             stdin=subprocess.PIPE,
@@ -268,7 +284,9 @@ class Worker:
 
 
 def run_work(workers: list[Worker]) -> None:
-    """Wait until every stack's worker is loaded, then give them steps in turn until all are through."""
+    """Wait until every stack's worker is loaded, then give them steps in turn until all are
+    through.
+    """
     for w in workers:
         w.alive = w.until("ready")
     while any(w.alive for w in workers):
@@ -278,19 +296,29 @@ def run_work(workers: list[Worker]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--works", nargs="+", default=["W1"], help="W1, or W1=trl,gemma_accel@7 for stacks of its own")
+    parser.add_argument(
+        "--works",
+        nargs="+",
+        default=["W1"],
+        help="W1, or W1=trl,gemma_accel@7 for stacks of its own",
+    )
     parser.add_argument(
         "--stacks",
         nargs="+",
         default=["trl", "gemma_accel"],
-        help="trl, liger, gemma_accel; gemma_accel:3.0 sets vram_gib, @7 caps the allocator, e.g. gemma_accel:3.0@7",
+        help="trl, liger, gemma_accel; gemma_accel:3.0 sets vram_gib, @7 caps the allocator: "
+        "gemma_accel:3.0@7",
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--float32", action="store_true", help="TRL's default for a model given by name")
+    parser.add_argument(
+        "--float32", action="store_true", help="TRL's default for a model given by name"
+    )
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--directory", default="/dev/shm")
     parser.add_argument("--out", default="results.json")
@@ -301,7 +329,8 @@ def main() -> None:
     logs = Path(options.directory) / "logs"
     logs.mkdir(exist_ok=True)
     results = []
-    # all workers of all works start and load side by side, and wait; the works' steps then run one work after the other
+    # all workers of all works start and load side by side, and wait; the works' steps then run one
+    # work after the other
     jobs = []
     for job in options.works:
         name, _, stacks = job.partition("=")
@@ -317,7 +346,14 @@ def main() -> None:
         run_work(workers)
         rows = [_row(WORKS[name], w) for w in workers]
         for row in rows:
-            base = next((r for r in rows if r["stack"] == "trl" and r["seed"] == row["seed"] and "step_s" in r), None)
+            base = next(
+                (
+                    r
+                    for r in rows
+                    if r["stack"] == "trl" and r["seed"] == row["seed"] and "step_s" in r
+                ),
+                None,
+            )
             if base and "step_s" in row:
                 row["speedup_over_trl"] = base["step_s"] / row["step_s"]
         results += rows
@@ -327,7 +363,9 @@ def main() -> None:
 
 def _build_apart(model: str, directory: str) -> str:
     """In a child process, so that the parent holds no GPU memory."""
-    code = f"from benchmarks.works import build_checkpoint; build_checkpoint({model!r}, {directory!r})"
+    code = (
+        f"from benchmarks.works import build_checkpoint; build_checkpoint({model!r}, {directory!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     return str(Path(directory) / f"gemma4-{model}-random")
 
@@ -353,8 +391,15 @@ def _spec(options, name: str, stack: str, path: str, seed: int) -> dict:
 
 
 def _row(work, worker_: Worker) -> dict:
-    row = {k: worker_.spec[k] for k in ("work", "stack", "label", "vram_gib", "cap_gib", "seed", "float32")}
-    row |= {"model": work.model, "batch_size": work.batch_size, "sequence_length": work.sequence_length}
+    row = {
+        k: worker_.spec[k]
+        for k in ("work", "stack", "label", "vram_gib", "cap_gib", "seed", "float32")
+    }
+    row |= {
+        "model": work.model,
+        "batch_size": work.batch_size,
+        "sequence_length": work.sequence_length,
+    }
     if worker_.result is None:
         return {**row, "error": worker_.error or "no result"}
     row |= worker_.result
@@ -366,7 +411,17 @@ def _row(work, worker_: Worker) -> dict:
 def _where() -> dict:
     import importlib.metadata as metadata
 
-    names = "torch triton transformers trl peft bitsandbytes accelerate liger-kernel unsloth".split()
+    names = [
+        "torch",
+        "triton",
+        "transformers",
+        "trl",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "liger-kernel",
+        "unsloth",
+    ]
     versions = {}
     for name in names:
         try:
@@ -376,9 +431,12 @@ def _where() -> dict:
     import torch
 
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    commit = os.environ.get("BENCH_COMMIT") or subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = (
+        os.environ.get("BENCH_COMMIT")
+        or subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+    )
     return {
         "card": card,
         "date": datetime.date.today().isoformat(),
@@ -391,7 +449,10 @@ def _where() -> dict:
 
 
 def _print(rows: list[dict]) -> None:
-    print(f"{'work':6}{'stack':22}{'load':>7}{'train':>7}{'alloc':>7}{'step s':>9}{'tok/s':>8}{'x':>6}{'launch':>8}{'busy':>7}{'MFU':>6}")
+    print(
+        f"{'work':6}{'stack':22}{'load':>7}{'train':>7}{'alloc':>7}"
+        f"{'step s':>9}{'tok/s':>8}{'x':>6}{'launch':>8}{'busy':>7}{'MFU':>6}"
+    )
     for r in rows:
         if "error" in r:
             print(f"{r['work']:6}{r['label']:22} {r['error'][-300:]}")
@@ -399,7 +460,8 @@ def _print(rows: list[dict]) -> None:
         mfu = r["train_tflop"] / r["step_s"] / 800
         print(
             f"{r['work']:6}{r['label']:22}{r['load_peak_gib']:7.2f}{r['peak_reserved_gib']:7.2f}{r['peak_allocated_gib']:7.2f}"
-            f"{r['step_s']:9.3f}{r['tokens_per_second']:8.0f}{r.get('speedup_over_trl', 0):6.2f}{r.get('launches', 0):8d}"
+            f"{r['step_s']:9.3f}{r['tokens_per_second']:8.0f}{r.get('speedup_over_trl', 0):6.2f}"
+            f"{r.get('launches', 0):8d}"
             f"{r.get('gpu_busy_ms', 0):7.0f}{100 * mfu:5.1f}%"
         )
 

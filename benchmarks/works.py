@@ -1,4 +1,5 @@
-"""The works every stack is measured on, and what they need: checkpoints of real shapes, data, arithmetic counts.
+"""The works every stack is measured on, and what they need: checkpoints of real shapes, data,
+arithmetic counts.
 
 Weights are random (nothing is downloaded): right for memory and speed, silent about quality.
 """
@@ -15,7 +16,9 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @dataclass(frozen=True)
 class Work:
-    """One training step's shape. ``cap_gib`` bounds the CUDA allocator from the first allocation on."""
+    """One training step's shape. ``cap_gib`` bounds the CUDA allocator from the first allocation
+    on.
+    """
 
     name: str
     model: str
@@ -41,7 +44,9 @@ WORKS = {
     )
 }
 
-ADAPTED = r".*language_model\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+ADAPTED = (
+    r".*language_model\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
 
 
 def config_of(model: str):
@@ -51,7 +56,9 @@ def config_of(model: str):
 
 
 def build_checkpoint(model: str, directory: str | Path, *, log=print) -> Path:
-    """Write random bf16 weights of a real model's shapes as `save_pretrained` does, once; returns the folder."""
+    """Write random bf16 weights of a real model's shapes as `save_pretrained` does, once; returns
+    the folder.
+    """
     import torch
     from transformers import Gemma4ForConditionalGeneration
 
@@ -62,7 +69,9 @@ def build_checkpoint(model: str, directory: str | Path, *, log=print) -> Path:
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
-        network = Gemma4ForConditionalGeneration._from_config(config_of(model), dtype=torch.bfloat16)
+        network = Gemma4ForConditionalGeneration._from_config(
+            config_of(model), dtype=torch.bfloat16
+        )
     network.save_pretrained(path)
     build_tokenizer(path)
     (path / "done").touch()
@@ -74,7 +83,9 @@ def build_checkpoint(model: str, directory: str | Path, *, log=print) -> Path:
 
 
 def build_tokenizer(path: Path) -> None:
-    """A tokenizer that TRL accepts; the data is token ids already, so its vocabulary does not matter."""
+    """A tokenizer that TRL accepts; the data is token ids already, so its vocabulary does not
+    matter.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -82,7 +93,11 @@ def build_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
     ).save_pretrained(path)
 
 
@@ -96,13 +111,18 @@ def random_rows(rows: int, length: int, *, vocabulary: int = 250_000, seed: int 
 
 
 def train_flops(work: Work) -> float:
-    """Arithmetic of one optimizer step that has to be done: frozen linears forward and input gradient, adapters, LM head, attention.
+    """Arithmetic of one optimizer step that has to be done: frozen linears forward and input
+    gradient, adapters, LM head, attention.
 
-    Recomputation is not counted, so that a step that recomputes less has the higher utilisation. Attention: exact windows, causal
-    half; backward 2.5 times forward (five products against two).
+    Recomputation is not counted, so that a step that recomputes less has the higher utilisation.
+    Attention: exact windows, causal half; backward 2.5 times forward (five products against two).
     """
     text = json.loads((CONFIGS / f"{work.model}.json").read_text())["text_config"]
-    hidden, layers, shared = text["hidden_size"], text["num_hidden_layers"], text["num_kv_shared_layers"]
+    hidden, layers, shared = (
+        text["hidden_size"],
+        text["num_hidden_layers"],
+        text["num_kv_shared_layers"],
+    )
     heads, rank, length = text["num_attention_heads"], work.lora_rank, work.sequence_length
     linears = adapters = attention = 0.0
     for index, kind in enumerate(text["layer_types"]):
@@ -110,14 +130,24 @@ def train_flops(work: Work) -> float:
         keys = text["num_key_value_heads"]
         reuses = index >= layers - shared
         wide = text["intermediate_size"] * (2 if text["use_double_wide_mlp"] and reuses else 1)
-        shapes = [(hidden, heads * head), (heads * head, hidden), (hidden, wide), (hidden, wide), (wide, hidden)]
+        shapes = [
+            (hidden, heads * head),
+            (heads * head, hidden),
+            (hidden, wide),
+            (hidden, wide),
+            (wide, hidden),
+        ]
         if not reuses:
             shapes += [(hidden, keys * head)] * 2
         linears += sum(a * b for a, b in shapes)
         adapters += sum(rank * (a + b) for a, b in shapes)
         linears += 3 * hidden * text["hidden_size_per_layer_input"]
         window = text["sliding_window"]
-        seen = length / 2 if kind != "sliding_attention" or length <= window else window * (1 - window / (2 * length))
+        seen = (
+            length / 2
+            if kind != "sliding_attention" or length <= window
+            else window * (1 - window / (2 * length))
+        )
         attention += 4 * heads * head * seen
     head = text["vocab_size"] * hidden
     return work.tokens * (4 * linears + 6 * adapters + 4 * head + 3.5 * attention)

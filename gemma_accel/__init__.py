@@ -1,9 +1,10 @@
 """Fine-tune Gemma 4 on the GPU you already own.
 
-    from gemma_accel import apply
-    report = apply(model)            # before the trainer is built; everything else stays a stock script
+    from gemma_accel import apply report = apply(model)            # before the trainer is built;
+    everything else stays a stock script
 
-Importing this package changes nothing and loads nothing heavy: names are resolved when they are first used (PEP 562).
+Importing this package changes nothing and loads nothing heavy: names are resolved when they are
+first used (PEP 562).
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ GIB = 2**30
 
 
 def memory_budget(base: nn.Module, vram_gib: float | None) -> float | None:
-    """The budget in GiB: what was asked for, or the smaller of what the device has left for this process and the allocator's cap.
+    """The budget in GiB: what was asked for, or the smaller of what the device has left for this
+    process and the allocator's cap.
 
     None on a device without memory of its own (the CPU) when nothing was asked for.
 
@@ -32,9 +33,12 @@ def memory_budget(base: nn.Module, vram_gib: float | None) -> float | None:
     needed = weights_gib(base)
     if vram_gib < needed:
         raise BudgetError(
-            f"vram_gib={vram_gib:g} is less than the weights alone need on the device ({needed:.2f} GiB, the per-layer table and the "
-            f"towers of a text-only run left out). Give at least {needed + 0.5:.1f}, or load the model in 4 bits "
-            "(quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True))."
+            f"vram_gib={vram_gib:g} is less than the weights alone need on the device "
+            f"({needed:.2f} GiB, the per-layer table and the "
+            f"towers of a text-only run left out). Give at least {needed + 0.5:.1f}, or load the "
+            "model in 4 bits "
+            "(quantization_config=BitsAndBytesConfig(load_in_4bit=True, "
+            "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True))."
         )
     return vram_gib
 
@@ -53,7 +57,10 @@ def _device_budget(device: torch.device) -> float | None:
 def weights_gib(base: nn.Module) -> float:
     """GiB of the parameters that a text-only adapter run keeps on the device."""
     inner = base.model
-    towers = [getattr(inner, name, None) for name in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")]
+    towers = [
+        getattr(inner, name, None)
+        for name in ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+    ]
     left_out = {id(p) for tower in towers if tower is not None for p in tower.parameters()}
     table = getattr(getattr(inner, "language_model", inner), "embed_tokens_per_layer", None)
     if table is not None:

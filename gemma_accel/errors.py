@@ -1,4 +1,6 @@
-"""What can go wrong, by name. Every message says what was expected, what was there, and what to do."""
+"""What can go wrong, by name. Every message says what was expected, what was there, and what to
+do.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class UnsupportedModelError(GemmaAccelError, TypeError):
 
 
 class ForeignPatchError(GemmaAccelError):
-    """Somebody else (Liger, Unsloth, accelerate's offloading) already changed the modules that would be patched."""
+    """Somebody else (Liger, Unsloth, accelerate's offloading) already changed the modules that
+    would be patched.
+    """
 
 
 class PatchConflictError(GemmaAccelError):

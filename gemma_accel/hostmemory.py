@@ -2,13 +2,15 @@
 
 Three ways, the first that the machine allows:
 
-``mapped``   the checkpoint file's own pages, mapped shared and read-only and registered with the driver. One copy a host whatever
-             the number of processes, nothing copied at load, and a kernel reads rows over PCIe.
-``pinned``   a copy in page-locked memory of this process, read the same way.
-``read``     rows are read by the CPU when they are needed (``preadv`` from the file, or indexed from the tensor) and copied.
+``mapped``   the checkpoint file's own pages, mapped shared and read-only and registered with the
+             driver. One copy a host whatever the number of processes, nothing copied at load, and a
+             kernel reads rows over PCIe.
+``pinned``   a copy in page-locked memory of this process, read the same way. ``read``     rows are
+read by the CPU when they are needed (``preadv`` from the file, or indexed from the tensor) and
+copied.
 
-The first two need the table's size in RAM that stays locked. Measured on an H100's host (PCIe 5): 4,096 rows of 17.5 KiB in 1.5 ms
-the first two ways, about 10 ms the third.
+The first two need the table's size in RAM that stays locked. Measured on an H100's host (PCIe 5):
+4,096 rows of 17.5 KiB in 1.5 ms the first two ways, about 10 ms the third.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ class StaleFileError(RuntimeError):
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A row-major tensor inside a file: where it starts and what it is, and which file it was when it was opened."""
+    """A row-major tensor inside a file: where it starts and what it is, and which file it was when
+    it was opened.
+    """
 
     path: Path
     offset: int
@@ -46,7 +50,9 @@ class FileSlice:
     """device, inode, size and modification time in nanoseconds"""
 
     @classmethod
-    def of(cls, path: str | Path, offset: int, shape: tuple[int, int], dtype: torch.dtype) -> FileSlice:
+    def of(
+        cls, path: str | Path, offset: int, shape: tuple[int, int], dtype: torch.dtype
+    ) -> FileSlice:
         """Describe a tensor of ``shape`` at byte ``offset`` of ``path``.
 
         Raises:
@@ -56,7 +62,8 @@ class FileSlice:
         slice_ = cls(path, offset, *shape, dtype, _identity(path))
         if offset < 0 or offset + slice_.nbytes > slice_.identity[2]:
             raise ValueError(
-                f"{path}: a tensor of {shape} {dtype} at byte {offset} reaches past the end of the file "
+                f"{path}: a tensor of {shape} {dtype} at byte {offset} reaches past the end of "
+                "the file "
                 f"({slice_.identity[2]} bytes). The file was cut short: download it again."
             )
         return slice_
@@ -75,13 +82,16 @@ class FileSlice:
             now = _identity(self.path)
         except OSError as error:
             raise StaleFileError(
-                f"{self.path} is in use by a running model and cannot be read any more ({error.strerror}). "
+                f"{self.path} is in use by a running model and cannot be read any more "
+                f"({error.strerror}). "
                 "Restore the file, or load the model again."
             ) from error
         if now != self.identity:
             raise StaleFileError(
-                f"{self.path} is in use by a running model and was changed on disk since it was loaded "
-                "(another size, modification time or file). Load the model again; save to another directory next time."
+                f"{self.path} is in use by a running model and was changed on disk since it was "
+                "loaded "
+                "(another size, modification time or file). Load the model again; save to another "
+                "directory next time."
             )
 
 
@@ -93,8 +103,9 @@ def _identity(path: Path) -> tuple[int, int, int, int]:
 class HostTable:
     """``rows x columns`` in host memory, for `gather` from any device.
 
-    Made from a `FileSlice` (the checkpoint's own pages) or from a CPU tensor. How a CUDA device will read it is decided at the
-    first gather from that device, since a process that only moves the model about needs none of it; `way` and `why` tell.
+    Made from a `FileSlice` (the checkpoint's own pages) or from a CPU tensor. How a CUDA device
+    will read it is decided at the first gather from that device, since a process that only moves
+    the model about needs none of it; `way` and `why` tell.
     """
 
     def __init__(self, source: FileSlice | Tensor) -> None:
@@ -122,7 +133,9 @@ class HostTable:
         return self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     def prepare(self, device: torch.device) -> None:
-        """Decide how ``device`` reads the table, and lock its memory where it may. Does nothing the second time."""
+        """Decide how ``device`` reads the table, and lock its memory where it may. Does nothing the
+        second time.
+        """
         if self._decided or device.type != "cuda":
             return
         self._decided = True
@@ -131,17 +144,25 @@ class HostTable:
                 refusal = way()
                 if refusal is None:
                     return
-                self.why = refusal if self.way == "read" and self.why.startswith("no GPU") else f"{self.why}; {refusal}"
+                self.why = (
+                    refusal
+                    if self.way == "read" and self.why.startswith("no GPU")
+                    else f"{self.why}; {refusal}"
+                )
 
     def fetch(self, ids: Tensor) -> Rows:
-        """The rows of ``ids``, to be read a slice of columns at a time (a layer's) with `Rows.columns`."""
+        """The rows of ``ids``, to be read a slice of columns at a time (a layer's) with
+        `Rows.columns`.
+        """
         self.prepare(ids.device)
         if ids.device.type == "cuda" and self._address is not None:
             return Rows(self, ids, None)
         return Rows(self, ids, self._read(ids))
 
     def tensor(self) -> Tensor:
-        """The table as a CPU tensor. For a file: private pages, so that a stray write never reaches the file."""
+        """The table as a CPU tensor. For a file: private pages, so that a stray write never reaches
+        the file.
+        """
         if isinstance(self.source, FileSlice):
             return _private_tensor(self.source)
         return self.source
@@ -156,13 +177,18 @@ class HostTable:
         self._decided = False
 
     def __del__(self) -> None:
-        if getattr(self, "_registration", None) is not None or getattr(self, "_fd", None) is not None:
+        if (
+            getattr(self, "_registration", None) is not None
+            or getattr(self, "_fd", None) is not None
+        ):
             self.close()
 
-    # -- the three ways ------------------------------------------------------------------------------------------------
+    # -- the three ways --
 
     def _map(self) -> str | None:
-        """Register the file's pages with the driver. Returns the reason where that is not possible."""
+        """Register the file's pages with the driver. Returns the reason where that is not
+        possible.
+        """
         if not isinstance(self.source, FileSlice):
             return "the table is not in a file"
         if refusal := _why_not_lock(self.nbytes, shared=True):
@@ -175,7 +201,9 @@ class HostTable:
         return None
 
     def _pin(self) -> str | None:
-        """Copy the table to page-locked memory of this process. Returns the reason where that is not possible."""
+        """Copy the table to page-locked memory of this process. Returns the reason where that is
+        not possible.
+        """
         if refusal := _why_not_lock(self.nbytes, shared=False):
             return refusal
         if isinstance(self.source, Tensor) and hasattr(self.source, "_gemma_accel_pages"):
@@ -183,7 +211,8 @@ class HostTable:
         else:
             copy = host_empty(self.shape, self.dtype)
             copy.copy_(self.tensor())
-        # registered rather than allocated pinned: the caching host allocator would round 4.4 GiB up to 8
+        # registered rather than allocated pinned: the caching host allocator would round 4.4 GiB up
+        # to 8
         registration = _Registration.of_tensor(copy)
         if isinstance(registration, str):
             return registration
@@ -202,9 +231,7 @@ class HostTable:
             (*ids.shape, self.shape[1]), dtype=self.dtype, pin_memory=ids.device.type == "cuda"
         )
         if isinstance(self.source, Tensor):
-            torch.index_select(
-                self.source, 0, on_cpu.reshape(-1), out=out.view(-1, self.shape[1])
-            )
+            torch.index_select(self.source, 0, on_cpu.reshape(-1), out=out.view(-1, self.shape[1]))
             return out
         self._pread(on_cpu.reshape(-1).tolist(), out)
         return out
@@ -216,13 +243,19 @@ class HostTable:
             source.check()
             self._fd = os.open(source.path, os.O_RDONLY)
         size = source.row_bytes
-        buffer = memoryview((ctypes.c_char * max(out.nbytes, 1)).from_address(out.data_ptr())).cast("B")
+        buffer = memoryview((ctypes.c_char * max(out.nbytes, 1)).from_address(out.data_ptr())).cast(
+            "B"
+        )
         for position, row in enumerate(ids):
             if not 0 <= row < source.rows:
-                raise IndexError(f"row {row} of a table with {source.rows} rows: a token id is out of range")
+                raise IndexError(
+                    f"row {row} of a table with {source.rows} rows: a token id is out of range"
+                )
             view = buffer[position * size : (position + 1) * size]
             if os.preadv(self._fd, [view], source.offset + row * size) != size:
-                raise StaleFileError(f"{source.path} was cut short while in use. Load the model again.")
+                raise StaleFileError(
+                    f"{source.path} was cut short while in use. Load the model again."
+                )
 
 
 @dataclass
@@ -238,7 +271,9 @@ class Rows:
         return Rows(self.table, self.ids[index], None if self.read is None else self.read[index])
 
     def columns(self, start: int, width: int) -> Tensor:
-        """``table[ids, start:start + width]`` on the ids' device, [*ids.shape, width], in the table's dtype."""
+        """``table[ids, start:start + width]`` on the ids' device, [*ids.shape, width], in the
+        table's dtype.
+        """
         if self.read is not None:
             part = self.read[..., start : start + width]
             if self.ids.device.type == "cpu":
@@ -252,11 +287,16 @@ class Rows:
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised CPU tensor on memory pages of its own.
 
-    Registered memory must not share a page with anything else: a copy from or to a tensor that is partly registered fails.
+    Registered memory must not share a page with anything else: a copy from or to a tensor that is
+    partly registered fails.
     """
     count = math.prod(shape)
     pages = mmap.mmap(-1, max(count * dtype.itemsize, 1))
-    tensor = torch.frombuffer(pages, dtype=dtype, count=count).view(shape) if count else torch.empty(shape, dtype=dtype)
+    tensor = (
+        torch.frombuffer(pages, dtype=dtype, count=count).view(shape)
+        if count
+        else torch.empty(shape, dtype=dtype)
+    )
     tensor._gemma_accel_pages = pages  # type: ignore[attr-defined]
     return tensor
 
@@ -264,7 +304,8 @@ def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def locked_empty(nbytes: int) -> Tensor:
     """``nbytes`` of page-locked memory as a uint8 CPU tensor; pageable where locking is refused.
 
-    Locked by registration: PyTorch's own pinned allocator rounds up to a power of two, twice the memory at worst.
+    Locked by registration: PyTorch's own pinned allocator rounds up to a power of two, twice the
+    memory at worst.
     """
     tensor = host_empty((nbytes,), torch.uint8)
     registration = _Registration.of_tensor(tensor)
@@ -274,7 +315,8 @@ def locked_empty(nbytes: int) -> Tensor:
     return tensor
 
 
-# -- memory and the driver ---------------------------------------------------------------------------------------------
+# -- memory and the driver
+# ---------------------------------------------------------------------------------------------
 
 
 def _private_tensor(source: FileSlice) -> Tensor:
@@ -282,7 +324,10 @@ def _private_tensor(source: FileSlice) -> Tensor:
         source.check()
         start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
         view = mmap.mmap(
-            file.fileno(), source.offset + source.nbytes - start, access=mmap.ACCESS_COPY, offset=start
+            file.fileno(),
+            source.offset + source.nbytes - start,
+            access=mmap.ACCESS_COPY,
+            offset=start,
         )
     flat = torch.frombuffer(
         view, dtype=source.dtype, count=source.rows * source.columns, offset=source.offset - start
@@ -291,21 +336,27 @@ def _private_tensor(source: FileSlice) -> Tensor:
 
 
 def _why_not_lock(nbytes: int, *, shared: bool) -> str | None:
-    """The reason why ``nbytes`` had better not be locked: less free than that and a margin for the rest of the machine."""
+    """The reason why ``nbytes`` had better not be locked: less free than that and a margin for the
+    rest of the machine.
+    """
     available = _available_memory()
-    # file pages count as available while they are not locked; a private copy needs as much again on top
+    # file pages count as available while they are not locked; a private copy needs as much again on
+    # top
     needed = nbytes + (2 << 30)
     if available is not None and available < needed:
         kind = "locked" if shared else "copied to page-locked memory"
         return (
-            f"only {available / 2**30:.1f} GiB of RAM are available, {needed / 2**30:.1f} are wanted "
+            f"only {available / 2**30:.1f} GiB of RAM are available, {needed / 2**30:.1f} are "
+            "wanted "
             f"for the table to be {kind}"
         )
     return None
 
 
 def _available_memory() -> int | None:
-    """Bytes the system could hand out, less what the process's cgroup forbids; None where nobody says."""
+    """Bytes the system could hand out, less what the process's cgroup forbids; None where nobody
+    says.
+    """
     available = None
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
@@ -327,7 +378,8 @@ def _available_memory() -> int | None:
 class _Registration:
     """Host pages made readable by the GPU (cuMemHostRegister), until closed."""
 
-    # CUDA driver API, cuda.h: CU_MEMHOSTREGISTER_PORTABLE, _DEVICEMAP, _READ_ONLY and the attribute that allows the last
+    # CUDA driver API, cuda.h: CU_MEMHOSTREGISTER_PORTABLE, _DEVICEMAP, _READ_ONLY and the attribute
+    # that allows the last
     PORTABLE, DEVICEMAP, READ_ONLY = 0x01, 0x02, 0x08
     READ_ONLY_SUPPORTED = 113
 
@@ -385,7 +437,9 @@ class _Registration:
         torch.cuda.current_stream().synchronize()  # also makes sure that a context exists
         code = driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(length), flags)
         if code:
-            return f"page-locking {length / 2**30:.1f} GiB was refused ({_error_name(driver, code)})"
+            return (
+                f"page-locking {length / 2**30:.1f} GiB was refused ({_error_name(driver, code)})"
+            )
         device_address = ctypes.c_uint64()
         code = driver.cuMemHostGetDevicePointer_v2(
             ctypes.byref(device_address), ctypes.c_void_p(address), 0

@@ -1,7 +1,8 @@
 """What a Trainer does at every step that has the same result as the step before.
 
-Each step it walks all modules of the model to set them to train mode, and all parameters to count them for its FLOP statistics: for E2B with
-adapters, 3,700 modules and 2,400 parameters, some 40 ms of Python beside a step of 250. Both answers are remembered while a training runs.
+Each step it walks all modules of the model to set them to train mode, and all parameters to count
+them for its FLOP statistics: for E2B with adapters, 3,700 modules and 2,400 parameters, some 40 ms
+of Python beside a step of 250. Both answers are remembered while a training runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ __all__ = ["remembered"]
 
 @contextlib.contextmanager
 def remembered(model: nn.Module) -> Iterator[None]:
-    """While open, ``model.train()`` does nothing where it was the last to be called with that mode, and parameters are counted once."""
+    """While open, ``model.train()`` does nothing where it was the last to be called with that mode,
+    and parameters are counted once.
+    """
     base = base_model(model)
     owners: list[tuple[Any, str]] = []
     for owner, name, replacement in (
@@ -38,10 +41,11 @@ def remembered(model: nn.Module) -> Iterator[None]:
 
 
 def _train_once(model: nn.Module) -> Any:
-    """`train` that walks the modules only when the mode changes; None where a module's own mode makes a difference.
+    """`train` that walks the modules only when the mode changes; None where a module's own mode
+    makes a difference.
 
-    Somebody may set single modules to another mode between two steps, which stock's walk would undo. That is only seen where a module computes
-    something else in train mode.
+    Somebody may set single modules to another mode between two steps, which stock's walk would
+    undo. That is only seen where a module computes something else in train mode.
     """
     if any(_differs_in_training(module) for module in model.modules()):
         return None

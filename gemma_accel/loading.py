@@ -1,12 +1,15 @@
 """How a checkpoint becomes a model without ever holding on the GPU what the GPU cannot hold.
 
-Stock Transformers reserves, up front, room on the GPU for everything that is mapped there: 6.25 GiB for E2B in 4 bits, 8.60 for E4B,
-of which the per-layer embedding table (PLE), never quantised, is 4.4 and 5.3. So the table must be out of the model's ``state_dict``
-before the loader looks. While `from_pretrained` builds the (meta) model, the text model's table is taken out; when the resolved
-checkpoint files come by, its place in them is noted; once the model is loaded the table is bound to that place.
+Stock Transformers reserves, up front, room on the GPU for everything that is mapped there: 6.25 GiB
+for E2B in 4 bits, 8.60 for E4B, of which the per-layer embedding table (PLE), never quantised, is
+4.4 and 5.3. So the table must be out of the model's ``state_dict`` before the loader looks. While
+`from_pretrained` builds the (meta) model, the text model's table is taken out; when the resolved
+checkpoint files come by, its place in them is noted; once the model is loaded the table is bound to
+that place.
 
-Two class attributes on `Gemma4PreTrainedModel` carry this (`from_pretrained` and the static `_load_pretrained_model`, which receives the
-resolved files whatever the revision, subfolder, variant or sharding); removing them is the undo.
+Two class attributes on `Gemma4PreTrainedModel` carry this (`from_pretrained` and the static
+`_load_pretrained_model`, which receives the resolved files whatever the revision, subfolder,
+variant or sharding); removing them is the undo.
 """
 
 from __future__ import annotations
@@ -57,7 +60,9 @@ class _Load:
 
 
 def install_load_path() -> Callable[[], None]:
-    """Make Gemma 4's `from_pretrained` leave the PLE table where it is; returns the undo. Twice is the same as once."""
+    """Make Gemma 4's `from_pretrained` leave the PLE table where it is; returns the undo. Twice is
+    the same as once.
+    """
     if "from_pretrained" in vars(Gemma4PreTrainedModel):
         return lambda: None
     stock_from_pretrained = Gemma4PreTrainedModel.from_pretrained.__func__
@@ -72,7 +77,12 @@ def install_load_path() -> Callable[[], None]:
         return result
 
     def _load_pretrained_model(
-        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any
+        model: Any,
+        state_dict: Any,
+        checkpoint_files: Any,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if _loads.current is not None:
             load_config = _locate(model, state_dict, checkpoint_files, load_config, _loads.current)
@@ -112,7 +122,8 @@ def _table_left_out() -> Iterator[_Load]:
 def _take_out(text: nn.Module) -> None:
     table = getattr(text, _TABLE)
     weight = table._parameters.pop("weight")
-    # a plain attribute: not in state_dict, so neither reserved for nor loaded; marked, so not initialised either
+    # a plain attribute: not in state_dict, so neither reserved for nor loaded; marked, so not
+    # initialised either
     placeholder = weight.detach()
     placeholder._is_hf_initialized = True
     table.__dict__["weight"] = placeholder
@@ -133,7 +144,9 @@ def _tables(model: nn.Module) -> list[tuple[str, HostPerLayerEmbedding]]:
 def _locate(
     model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, load: _Load
 ) -> Any:
-    """Find the table in the checkpoint; where it cannot be left there, let it load as a Parameter on the CPU."""
+    """Find the table in the checkpoint; where it cannot be left there, let it load as a Parameter
+    on the CPU.
+    """
     load.dtype = load_config.dtype
     tables = _tables(model)
     if not tables:
@@ -164,15 +177,19 @@ def _bind(model: Any, load: _Load) -> None:
         table.bind(load.source, requires_grad=True)
     elif load.on_cpu:
         weight = table._parameters["weight"]
-        if weight.device.type == "cpu":  # with no device map the whole model is there, and stock moves it later
+        if (
+            weight.device.type == "cpu"
+        ):  # with no device map the whole model is there, and stock moves it later
             table._parameters["weight"] = None
             table.__class__ = HostPerLayerEmbedding
             table._output_dtype = weight.dtype
             table.bind(weight.detach(), requires_grad=True)
     elif type(table) is HostPerLayerEmbedding:
         raise GemmaAccelError(
-            "the per-layer embedding table was left out of the model but its place in the checkpoint never came by (a distributed "
-            "checkpoint?). Convert the checkpoint to safetensors, or set GEMMA_ACCEL_DISABLE=1 to load it the stock way."
+            "the per-layer embedding table was left out of the model but its place in the "
+            "checkpoint never came by (a distributed "
+            "checkpoint?). Convert the checkpoint to safetensors, or set GEMMA_ACCEL_DISABLE=1 to "
+            "load it the stock way."
         )
 
 
@@ -187,9 +204,11 @@ def _find_table(files: list[str], shape: tuple[int, int]) -> FileSlice | None:
 
 
 def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
-    """Where a two-dimensional tensor whose name ends in ``suffix`` lies in a safetensors file; None where there is none.
+    """Where a two-dimensional tensor whose name ends in ``suffix`` lies in a safetensors file; None
+    where there is none.
 
-    Nothing but the header is read, and every number in it is checked against the file's size before it is believed.
+    Nothing but the header is read, and every number in it is checked against the file's size before
+    it is believed.
 
     Raises:
         ValueError: the header is not one, or places the tensor outside the file.
@@ -202,7 +221,9 @@ def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise ValueError(f"{file}: not a safetensors file (its header is not JSON: {error})") from error
+            raise ValueError(
+                f"{file}: not a safetensors file (its header is not JSON: {error})"
+            ) from error
     if not isinstance(header, dict):
         raise ValueError(f"{file}: not a safetensors file (its header is not an object)")
     for name, entry in header.items():
@@ -213,13 +234,16 @@ def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
             numbers = [*shape, begin, end]
             sound = len(shape) == 2 and all(type(n) is int and n >= 0 for n in numbers)
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{file}: the header's entry for {name!r} is malformed: {entry!r}") from error
+            raise ValueError(
+                f"{file}: the header's entry for {name!r} is malformed: {entry!r}"
+            ) from error
         if dtype not in _DTYPES or len(shape) != 2:
             return None
         nbytes = math.prod(shape) * _DTYPES[dtype].itemsize if sound else -1
         if not sound or end - begin != nbytes or 8 + length + end > size:
             raise ValueError(
-                f"{file}: the header places {name!r} ({dtype} {shape}) at bytes {begin} to {end} of {size - 8 - length}, "
+                f"{file}: the header places {name!r} ({dtype} {shape}) at bytes {begin} to {end} "
+                f"of {size - 8 - length}, "
                 "which cannot be. The file is damaged or was cut short: download it again."
             )
         return FileSlice.of(file, 8 + length + begin, (shape[0], shape[1]), _DTYPES[dtype])
@@ -229,8 +253,10 @@ def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
 def _warn_of_float32(load: _Load) -> None:
     if load.dtype is torch.float32 and load.source is not None and load.source.dtype.itemsize == 2:
         warnings.warn(
-            f"the checkpoint is {str(load.source.dtype).removeprefix('torch.')}, but it is being loaded in float32, which is what TRL does with a "
-            "model given by name: everything that is not quantised takes twice the memory. Give the trainer "
+            f"the checkpoint is {str(load.source.dtype).removeprefix('torch.')}, but it is being "
+            "loaded in float32, which is what TRL does with a "
+            "model given by name: everything that is not quantised takes twice the memory. Give "
+            "the trainer "
             'SFTConfig(model_init_kwargs={"dtype": "bfloat16"}).',
             UserWarning,
             stacklevel=2,

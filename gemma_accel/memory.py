@@ -1,8 +1,10 @@
-"""What a decoder layer keeps for backward, what its backward needs on top, and which layer should keep what.
+"""What a decoder layer keeps for backward, what its backward needs on top, and which layer should
+keep what.
 
-Pure arithmetic on shapes, in bytes: the planner predicts with it and the memory policy decides with it, so the two cannot disagree. The counts
-follow the code (`patches/decoder.py` and the Functions it calls): a change there that saves another tensor belongs here too, and a test compares
-both with what autograd really holds.
+Pure arithmetic on shapes, in bytes: the planner predicts with it and the memory policy decides with
+it, so the two cannot disagree. The counts follow the code (`patches/decoder.py` and the Functions
+it calls): a change there that saves another tensor belongs here too, and a test compares both with
+what autograd really holds.
 """
 
 from __future__ import annotations
@@ -44,7 +46,9 @@ _GRADES = tuple(reversed(Mode))
 
 
 def mlp_schedule(mode: Mode, tokens: int) -> tuple[bool, int | None]:
-    """Whether a layer's MLP keeps gate and up (in the replay, where the layer is recomputed), and its tokens in flight."""
+    """Whether a layer's MLP keeps gate and up (in the replay, where the layer is recomputed), and
+    its tokens in flight.
+    """
     if mode in (Mode.KEEP, Mode.RECOMPUTE):
         return True, None
     if mode is Mode.RECOMPUTE_MLP:
@@ -53,7 +57,9 @@ def mlp_schedule(mode: Mode, tokens: int) -> tuple[bool, int | None]:
 
 
 def loss_bytes(tokens: int, hidden: int, vocabulary: int) -> int:
-    """TRL's chunked head: a tile of logits, the labelled rows, their gradient in float32 and in the model's dtype."""
+    """TRL's chunked head: a tile of logits, the labelled rows, their gradient in float32 and in the
+    model's dtype.
+    """
     return min(tokens, 4096) * min(vocabulary, 32768) * 2 + tokens * hidden * 12
 
 
@@ -101,7 +107,9 @@ def layer_shapes(text: Any) -> list[LayerShape]:
 
 
 def _head_size_and_keys(text: Any, index: int, sliding: bool) -> tuple[int, int]:
-    """head_dim and key/value heads of a layer, which transformers 5.23 gives layer by layer and 5.17 by kind."""
+    """head_dim and key/value heads of a layer, which transformers 5.23 gives layer by layer and
+    5.17 by kind.
+    """
     by_layer = getattr(text, "per_layer_config", None)
     if by_layer is not None:
         return by_layer[index].head_dim, by_layer[index].num_key_value_heads
@@ -121,7 +129,8 @@ def kept_bytes(layer: LayerShape, mode: Mode, itemsize: int = 2) -> int:
     # raw and rotated queries, attention's output; raw and normed keys and values
     elements += 3 * layer.queries + 4 * layer.keys
     if layer.per_layer:
-        # the second sum, the projection's output; gate, projected context, table rows, gated product
+        # the second sum, the projection's output; gate, projected context, table rows, gated
+        # product
         elements += 2 * layer.hidden + 4 * layer.per_layer
     if mode is Mode.KEEP:
         elements += 2 * layer.mlp
@@ -129,7 +138,9 @@ def kept_bytes(layer: LayerShape, mode: Mode, itemsize: int = 2) -> int:
 
 
 def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 2) -> int:
-    """Bytes that ``layer``'s backward needs beyond what is kept, at its highest point, for ``tokens`` tokens."""
+    """Bytes that ``layer``'s backward needs beyond what is kept, at its highest point, for
+    ``tokens`` tokens.
+    """
     keeps, tile = mlp_schedule(mode, tokens)
     # product and its gradient; gate and up too where they are made again a tile at a time
     mlp = min(tokens, tile or tokens) * layer.mlp * (2 if keeps else 4)
@@ -149,7 +160,9 @@ def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 
 def peak_bytes(
     layers: Sequence[LayerShape], modes: Sequence[Mode], tokens: int, loss: int, itemsize: int = 2
 ) -> int:
-    """The most that activations take at any moment of a step: at the loss, or in some layer's backward."""
+    """The most that activations take at any moment of a step: at the loss, or in some layer's
+    backward.
+    """
     kept = 0
     peak = 0
     for layer, mode in zip(layers, modes, strict=True):
@@ -163,8 +176,9 @@ def choose_modes(
 ) -> list[Mode]:
     """The cheapest modes that fit ``available`` bytes; all offloaded where nothing does.
 
-    Backward frees the last layers' activations first, so what they keep is out of the way when an early layer is recomputed: layers are
-    raised from the last to the first, a grade at a time, as long as the step's highest point fits.
+    Backward frees the last layers' activations first, so what they keep is out of the way when an
+    early layer is recomputed: layers are raised from the last to the first, a grade at a time, as
+    long as the step's highest point fits.
     """
     modes = [Mode.OFFLOAD] * len(layers)
     for grade, below in zip(_GRADES[1:], _GRADES, strict=False):

@@ -40,12 +40,18 @@ def base_model(model: Any) -> nn.Module:
         return base
     got = type(base).__name__
     hint = ""
-    if got in ("OptimizedModule", "DistributedDataParallel", "FullyShardedDataParallel", "DataParallel"):
+    if got in (
+        "OptimizedModule",
+        "DistributedDataParallel",
+        "FullyShardedDataParallel",
+        "DataParallel",
+    ):
         hint = f" Apply it to the model before {got} wraps it."
     elif got.startswith("Gemma4Unified"):
         hint = " The unified (12B) model has classes of its own, which no patch covers yet."
     raise UnsupportedModelError(
-        f"gemma_accel.apply takes {' or '.join(c.__name__ for c in SUPPORTED)}, or a PeftModel around one, "
+        f"gemma_accel.apply takes {' or '.join(c.__name__ for c in SUPPORTED)}, or a PeftModel "
+        "around one, "
         f"got {got}.{hint}"
     )
 

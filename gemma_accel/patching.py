@@ -1,6 +1,7 @@
 """apply(): ask the hooks, walk the model, install, report. All or nothing.
 
-The one room with all the keys: nothing else in the package knows both the patches and the machinery they hang in.
+The one room with all the keys: nothing else in the package knows both the patches and the machinery
+they hang in.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ _REPORT = "_gemma_accel_report"  # on the model itself, so that the two are coll
 
 @functools.cache
 def registry() -> Registry:
-    """The process's registry: the built-in modalities and the installed plugins, made when first asked for."""
+    """The process's registry: the built-in modalities and the installed plugins, made when first
+    asked for.
+    """
     from gemma_accel.patches import audio, text, vision
 
     return Registry({"text": text, "vision": vision, "audio": audio})
@@ -55,18 +58,22 @@ def apply(
     patches: Iterable[str] | None = None,
     strict: bool = False,
 ) -> Report:
-    """Patch a Gemma 4 model in place, so that a stock trainer runs it faster and in less memory, with the same gradients.
+    """Patch a Gemma 4 model in place, so that a stock trainer runs it faster and in less memory,
+    with the same gradients.
 
     Args:
-        model: a `Gemma4ForConditionalGeneration` or `Gemma4ForCausalLM`, or a `PeftModel` around one. Its linear layers may be
-            quantised to NF4 (bitsandbytes); PEFT may wrap it before or after.
-        vram_gib: the GPU memory to live in, in GiB; the allocator is then held to it. Default: what the device has free plus what the model holds, or the
-            allocator's own cap (`torch.cuda.set_per_process_memory_fraction`) where that is less.
+        model: a `Gemma4ForConditionalGeneration` or `Gemma4ForCausalLM`, or a `PeftModel` around
+            one. Its linear layers may be quantised to NF4 (bitsandbytes); PEFT may wrap it before
+            or after.
+        vram_gib: the GPU memory to live in, in GiB; the allocator is then held to it. Default: what
+            the device has free plus what the model holds, or the allocator's own cap
+            (`torch.cuda.set_per_process_memory_fraction`) where that is less.
         patches: names of the patches to install; default all.
         strict: raise instead of leaving a module stock on a CUDA device.
 
     Returns:
-        A `Report`: what was applied, what was skipped and why; `print` it. Applying twice gives the same report again.
+        A `Report`: what was applied, what was skipped and why; `print` it. Applying twice gives the
+        same report again.
 
     Raises:
         UnsupportedModelError: not a Gemma 4 model.
@@ -117,7 +124,9 @@ def _choose(offered: list[Patch], names: Iterable[str] | None) -> list[Patch]:
 def _candidates(
     base: nn.Module, patches: list[Patch], report: Report
 ) -> list[tuple[Patch, str, nn.Module]]:
-    """Where each patch fits, in the patches' order; what does not fit goes to the report with its reason."""
+    """Where each patch fits, in the patches' order; what does not fit goes to the report with its
+    reason.
+    """
     found = []
     taken: dict[tuple[str, str], str] = {}
     placed: set[tuple[str, str]] = set()
@@ -139,8 +148,10 @@ def _candidates(
                 continue
             if other := taken.get((path, patch.seam)):
                 raise PatchConflictError(
-                    f"patches {other!r} and {patch.name!r} both want the {patch.seam!r} of {path or 'the model'!r} "
-                    f"({type(module).__name__}). Let one deselect that module (gemma_accel_select) or name the other in "
+                    f"patches {other!r} and {patch.name!r} both want the {patch.seam!r} of "
+                    f"{path or 'the model'!r} "
+                    f"({type(module).__name__}). Let one deselect that module "
+                    "(gemma_accel_select) or name the other in "
                     "`replaces`. The model is as it was."
                 )
             taken[path, patch.seam] = patch.name
@@ -157,12 +168,15 @@ def _install(candidates: list[tuple[Patch, str, nn.Module]], report: Report) -> 
             undo: Undo = patch.install(module)
         except Exception as error:
             raise PatchError(
-                f"patch {patch.name!r} failed at {path or 'the model'!r}: {type(error).__name__}: {error}. "
-                "The model is stock again. Leave the patch out with apply(patches=[...]) and report this."
+                f"patch {patch.name!r} failed at {path or 'the model'!r}: {type(error).__name__}: "
+                f"{error}. "
+                "The model is stock again. Leave the patch out with apply(patches=[...]) and "
+                "report this."
             ) from error
         if not callable(undo):
             raise PatchError(
-                f"patch {patch.name!r} returned {undo!r} from install at {path!r} instead of its undo. A patch must "
+                f"patch {patch.name!r} returned {undo!r} from install at {path!r} instead of its "
+                "undo. A patch must "
                 "return the function that changes the module back."
             )
         report._undos.append(undo)
@@ -181,13 +195,17 @@ def _roll_back(report: Report) -> None:
 
 
 def _refuse_foreign(base: nn.Module) -> None:
-    """Patches of others do not mix with ours: refuse before anything is touched, naming who and where."""
+    """Patches of others do not mix with ours: refuse before anything is touched, naming who and
+    where.
+    """
     for path, module in base.named_modules():
         hook = getattr(module, "_hf_hook", None)
         if path and hook is not None:
             raise ForeignPatchError(
-                f"accelerate moves weights in and out at {path!r} ({type(hook).__name__}), as it does for a device_map that spans the "
-                "CPU or several devices. Load the model on one device: device_map={'': 0}, or import gemma_accel.auto first, "
+                f"accelerate moves weights in and out at {path!r} ({type(hook).__name__}), as it "
+                "does for a device_map that spans the "
+                "CPU or several devices. Load the model on one device: device_map={'': 0}, or "
+                "import gemma_accel.auto first, "
                 "which makes it fit."
             )
         forward = vars(module).get("forward")
@@ -196,7 +214,8 @@ def _refuse_foreign(base: nn.Module) -> None:
         for name in ("liger_kernel", "unsloth"):
             if origin.split(".")[0].startswith(name):
                 raise ForeignPatchError(
-                    f"{name} already patched this model (at {path or 'the model'!r}). Use one or the other: load the model in a "
+                    f"{name} already patched this model (at {path or 'the model'!r}). Use one or "
+                    "the other: load the model in a "
                     f"process that does not import {name}."
                 )
 
@@ -211,7 +230,16 @@ def _refuse_skips(report: Report) -> None:
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in ("gemma-accel", "torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "accelerate"):
+    for name in (
+        "gemma-accel",
+        "torch",
+        "triton",
+        "transformers",
+        "trl",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+    ):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,6 @@
-"""Who offers patches: the package's own modalities and every installed plugin, behind one pluggy manager."""
+"""Who offers patches: the package's own modalities and every installed plugin, behind one pluggy
+manager.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ __all__ = ["Registry"]
 
 
 class Registry:
-    """A plugin manager with the package's own modalities registered first, then the installed plugins.
+    """A plugin manager with the package's own modalities registered first, then the installed
+    plugins.
 
-    A plugin is blocked by name with ``PLUGGY_BLOCK``-like means of its own environment, or deselects modules by the
-    `gemma_accel_select` hook; the registry itself has no switches.
+    A plugin is blocked by name with ``PLUGGY_BLOCK``-like means of its own environment, or
+    deselects modules by the `gemma_accel_select` hook; the registry itself has no switches.
     """
 
     def __init__(self, builtin: dict[str, Any], *, entry_points: bool = True) -> None:
@@ -31,11 +34,14 @@ class Registry:
                 self.manager.load_setuptools_entrypoints("gemma_accel")
             except Exception as error:
                 raise PluginError(
-                    f"an installed gemma_accel plugin failed to import: {type(error).__name__}: {error}. "
-                    "Uninstall or repair the distribution that declares the entry-point group 'gemma_accel'."
+                    f"an installed gemma_accel plugin failed to import: {type(error).__name__}: "
+                    f"{error}. "
+                    "Uninstall or repair the distribution that declares the entry-point group "
+                    "'gemma_accel'."
                 ) from error
         try:
-            self.manager.check_pending()  # a misspelt hook is an error, not a plugin that silently does nothing
+            # a misspelt hook is an error, not a plugin that silently does nothing
+            self.manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(f"{error}. The hooks are listed in gemma_accel.hookspecs.") from error
 
@@ -44,13 +50,16 @@ class Registry:
         return self.manager.register(plugin, name=name)
 
     def patches(self) -> list[Patch]:
-        """Every patch on offer, in order: the package's own first, then plugins as they were registered."""
+        """Every patch on offer, in order: the package's own first, then plugins as they were
+        registered.
+        """
         found: list[tuple[str, Patch]] = []
         for name, offered in self._call_each("gemma_accel_patches"):
             for patch in offered or ():
                 if not isinstance(patch, Patch) or not patch.name:
                     raise PluginError(
-                        f"plugin {name!r}: gemma_accel_patches must give gemma_accel.Patch objects that have a name, "
+                        f"plugin {name!r}: gemma_accel_patches must give gemma_accel.Patch "
+                        "objects that have a name, "
                         f"got {patch!r}. Subclass gemma_accel.Patch and set `name`."
                     )
                 found.append((name, patch))
@@ -59,15 +68,20 @@ class Registry:
         for plugin, patch in found:
             if patch.name in by_name and patch.name not in replaced:
                 raise PatchConflictError(
-                    f"plugins {by_name[patch.name]!r} and {plugin!r} both offer a patch named {patch.name!r}. Rename one, or let "
+                    f"plugins {by_name[patch.name]!r} and {plugin!r} both offer a patch named "
+                    f"{patch.name!r}. Rename one, or let "
                     f"it say `replaces = ({patch.name!r},)` under another name."
                 )
             by_name.setdefault(patch.name, plugin)
         return [patch for _, patch in found if patch.name not in replaced]
 
     def selects(self, patch: Patch, path: str, module: Any) -> bool:
-        """Whether the plugins leave ``module`` to ``patch``: the first that answers decides, silence means yes."""
-        for _, answer in self._call_each("gemma_accel_select", patch=patch, path=path, module=module):
+        """Whether the plugins leave ``module`` to ``patch``: the first that answers decides,
+        silence means yes.
+        """
+        for _, answer in self._call_each(
+            "gemma_accel_select", patch=patch, path=path, module=module
+        ):
             if answer is not None:
                 return bool(answer)
         return True
@@ -78,8 +92,11 @@ class Registry:
             pass
 
     def _call_each(self, hook: str, **arguments: Any) -> Iterator[tuple[str, Any]]:
-        """Each plugin's answer beside its name. pluggy's own call would lose the name of the one that raises."""
-        # registration order: built-in modalities first; for `select`, plugins speak before the built-ins
+        """Each plugin's answer beside its name. pluggy's own call would lose the name of the one
+        that raises.
+        """
+        # registration order: built-in modalities first; for `select`, plugins speak before the
+        # built-ins
         implementations = list(getattr(self.manager.hook, hook).get_hookimpls())
         if hook == "gemma_accel_select":
             implementations.reverse()
@@ -89,7 +106,8 @@ class Registry:
                 answer = implementation.function(**accepted)
             except Exception as error:
                 raise PluginError(
-                    f"plugin {implementation.plugin_name!r} raised in {hook}: {type(error).__name__}: {error}. "
+                    f"plugin {implementation.plugin_name!r} raised in {hook}: "
+                    f"{type(error).__name__}: {error}. "
                     "The model is as it was; repair or uninstall the plugin."
                 ) from error
             yield implementation.plugin_name, answer

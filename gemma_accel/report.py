@@ -24,7 +24,9 @@ class Applied:
 
 @dataclass(frozen=True)
 class Skipped:
-    """One patch that was not installed in one place (``path`` is empty where it matched nothing), and the reason."""
+    """One patch that was not installed in one place (``path`` is empty where it matched nothing),
+    and the reason.
+    """
 
     patch: str
     modality: str
@@ -34,12 +36,13 @@ class Skipped:
 
 @dataclass
 class Report:
-    """The outcome of `apply`: print it, write it down, ask it what a step would do, or take everything back.
+    """The outcome of `apply`: print it, write it down, ask it what a step would do, or take
+    everything back.
 
     Attributes:
-        applied: a record for each patch in each place.
-        skipped: a record for each place a patch had to leave stock, with the reason.
-        notes: what happened to the model besides patches (where the per-layer table lives, which towers left the GPU), by topic.
+        applied: a record for each patch in each place. skipped: a record for each place a patch had
+        to leave stock, with the reason. notes: what happened to the model besides patches (where
+        the per-layer table lives, which towers left the GPU), by topic.
     """
 
     applied: list[Applied] = field(default_factory=list)
@@ -55,15 +58,21 @@ class Report:
         self.notes[topic] = text
 
     def skip(self, patch: str, modality: str, path: str, reason: str) -> None:
-        """Add a skip found after `apply` (once PEFT has wrapped the model, say); the same one twice is one record."""
+        """Add a skip found after `apply` (once PEFT has wrapped the model, say); the same one twice
+        is one record.
+        """
         record = Skipped(patch, modality, path, reason)
         if record not in self.skipped:
             self.skipped.append(record)
 
     def plan(self, batch_size: int, sequence_length: int) -> Any:
-        """What a training step of this model on that batch would keep, recompute and offload, and its peak (`Plan`)."""
+        """What a training step of this model on that batch would keep, recompute and offload, and
+        its peak (`Plan`).
+        """
         if self._plan is None:
-            raise RuntimeError("this report belongs to no applied model: it was restored, or read from a file")
+            raise RuntimeError(
+                "this report belongs to no applied model: it was restored, or read from a file"
+            )
         return self._plan(batch_size=batch_size, sequence_length=sequence_length)
 
     def restore(self) -> None:
@@ -77,7 +86,8 @@ class Report:
         obstacles = [reason for check in self._checks if (reason := check())]
         if obstacles:
             raise RestoreError(
-                "cannot restore, nothing was changed: " + "; ".join(obstacles[:3])
+                "cannot restore, nothing was changed: "
+                + "; ".join(obstacles[:3])
                 + (f" (and {len(obstacles) - 3} more)" if len(obstacles) > 3 else "")
                 + ". Undo that first, then call restore() again."
             )
@@ -87,7 +97,9 @@ class Report:
         self._plan = None
 
     def __reduce__(self) -> Any:
-        """A copied or pickled model is not the one that this report can restore: it goes without."""
+        """A copied or pickled model is not the one that this report can restore: it goes
+        without.
+        """
         return type(None), ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +112,9 @@ class Report:
         }
 
     def write(self, directory: str | Path) -> Path:
-        """Write the report as ``gemma_accel_report.json`` into a directory (a checkpoint's) and return its path."""
+        """Write the report as ``gemma_accel_report.json`` into a directory (a checkpoint's) and
+        return its path.
+        """
         path = Path(directory) / "gemma_accel_report.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n")
@@ -117,7 +131,12 @@ class Report:
         from rich.table import Table
 
         table = Table(title="gemma_accel", title_justify="left", expand=False)
-        for column, justify in (("patch", "left"), ("modality", "left"), ("places", "right"), ("", "left")):
+        for column, justify in (
+            ("patch", "left"),
+            ("modality", "left"),
+            ("places", "right"),
+            ("", "left"),
+        ):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]
         done = Counter((record.patch, record.modality) for record in self.applied)
         for (patch, modality), places in done.items():

@@ -1,8 +1,9 @@
 """What happens to an applied model when a Trainer is built around it.
 
-`apply` wraps `transformers.Trainer.__init__` and `Trainer.train` once for the process; the last `restore()` takes the wrappers off. For
-a model that is not applied both do nothing. `__init__` is the moment at which it is known what will be trained (TRL's PEFT wrapping happens
-just before it) and before the optimizer exists; `train` reaches a trainer that was built before `apply`.
+`apply` wraps `transformers.Trainer.__init__` and `Trainer.train` once for the process; the last
+`restore()` takes the wrappers off. For a model that is not applied both do nothing. `__init__` is
+the moment at which it is known what will be trained (TRL's PEFT wrapping happens just before it)
+and before the optimizer exists; `train` reaches a trainer that was built before `apply`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ _automatic = False
 def on_applied(
     model: Any, base: nn.Module, report: Report, budget: float | None, *, capped: bool
 ) -> None:
-    """Finish an `apply`: the loss-scaling flag, the Trainer's wrappers, the memory to live in, and the table where it is already known
-    to be frozen. ``capped``: the budget is the user's own figure, which the allocator is then held to."""
+    """Finish an `apply`: the loss-scaling flag, the Trainer's wrappers, the memory to live in, and
+    the table where it is already known to be frozen. ``capped``: the budget is the user's own
+    figure, which the allocator is then held to.
+    """
     from gemma_accel.callback import accept_loss_kwargs
     from gemma_accel.models import model_device
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
@@ -62,7 +65,9 @@ def _plan(base: Any, budget: float | None, *, batch_size: int, sequence_length: 
 
 
 def _cap_allocator(gib: float, device: torch.device) -> Callable[[], None]:
-    """Hold PyTorch's allocator to ``gib`` (it frees what it caches before it grows), unless it is held to less; returns the undo."""
+    """Hold PyTorch's allocator to ``gib`` (it frees what it caches before it grows), unless it is
+    held to less; returns the undo.
+    """
     index = device.index if device.type == "cuda" else None
     before = torch.cuda.get_per_process_memory_fraction(index)
     total = torch.cuda.get_device_properties(index or torch.cuda.current_device()).total_memory
@@ -71,7 +76,9 @@ def _cap_allocator(gib: float, device: torch.device) -> Callable[[], None]:
 
 
 def apply_automatically() -> None:
-    """From now on a Gemma 4 model is applied when a Trainer is built around it (`gemma_accel.auto`)."""
+    """From now on a Gemma 4 model is applied when a Trainer is built around it
+    (`gemma_accel.auto`).
+    """
     global _automatic
     if not _automatic:
         _automatic = True
@@ -79,7 +86,9 @@ def apply_automatically() -> None:
 
 
 def hold_trainer_wrappers() -> Callable[[], None]:
-    """Wrap `Trainer.__init__` and `Trainer.train` if nobody has yet; the last holder to let go unwraps them."""
+    """Wrap `Trainer.__init__` and `Trainer.train` if nobody has yet; the last holder to let go
+    unwraps them.
+    """
     global _holders
     from transformers import Trainer
 
@@ -131,7 +140,9 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         report = _report_for(self.model)
         if report is not None and not getattr(self, "_gemma_accel_prepared", False):
-            _prepare(self, self.model, self.args, self.train_dataset, report)  # built before `apply`
+            _prepare(
+                self, self.model, self.args, self.train_dataset, report
+            )  # built before `apply`
         if report is not None:
             _attach(self, report)
             if os.environ.get("GEMMA_ACCEL_VERIFY", "0") not in ("", "0"):
@@ -158,9 +169,9 @@ def _report_for(model: Any) -> Report | None:
 
 def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Report) -> None:
     """Everything that must be settled between PEFT's wrapping and the optimizer."""
-    from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
     from gemma_accel.patches.lm_head import FULL_LOGITS
     from gemma_accel.patches.lora import stepped_aside
+    from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
     from gemma_accel.patches.towers import settle_towers
 
     base = base_model(model)
@@ -192,28 +203,39 @@ def _attach(trainer: Any, report: Report) -> None:
 
 
 def _tell_policy(trainer: Any) -> None:
-    """What the model, its gradients and its optimizer will take on the device, now that all of it is known."""
+    """What the model, its gradients and its optimizer will take on the device, now that all of it
+    is known.
+    """
     policy = getattr(text_model(base_model(trainer.model)), "memory", None)
     if policy is None:
         return
     seen: dict[int, tuple[int, bool]] = {}
     for parameter in trainer.model.parameters():
         if parameter.is_cuda:
-            seen[parameter.untyped_storage().data_ptr()] = (parameter.nbytes, parameter.requires_grad)
+            seen[parameter.untyped_storage().data_ptr()] = (
+                parameter.nbytes,
+                parameter.requires_grad,
+            )
     weights = sum(nbytes for nbytes, _ in seen.values())
     trained = sum(nbytes for nbytes, is_trained in seen.values() if is_trained)
     policy.trained = trained
-    policy.fixed = weights + trained * 3  # a gradient and two moments, at most in the parameter's own dtype
+    policy.fixed = (
+        weights + trained * 3
+    )  # a gradient and two moments, at most in the parameter's own dtype
 
 
 def _refuse_reentrant(text: nn.Module, arguments: Any) -> None:
-    """Reentrant checkpointing computes wrong gradients where layers share keys and values; switch it off, loudly."""
+    """Reentrant checkpointing computes wrong gradients where layers share keys and values; switch
+    it off, loudly.
+    """
     options = getattr(arguments, "gradient_checkpointing_kwargs", None)
     shares = any(layer.self_attn.is_kv_shared_layer for layer in text.layers)
     if shares and arguments.gradient_checkpointing and options and options.get("use_reentrant"):
         warnings.warn(
-            "gradient_checkpointing_kwargs={'use_reentrant': True} gives silently wrong gradients on a Gemma 4 model whose layers "
-            "share keys and values (E2B, E4B): they pass from layer to layer as a side effect that reentrant recomputation loses. "
+            "gradient_checkpointing_kwargs={'use_reentrant': True} gives silently wrong gradients "
+            "on a Gemma 4 model whose layers "
+            "share keys and values (E2B, E4B): they pass from layer to layer as a side effect "
+            "that reentrant recomputation loses. "
             "gemma_accel switched it to False; remove the option to silence this.",
             UserWarning,
             stacklevel=4,

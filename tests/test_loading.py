@@ -11,7 +11,7 @@ import textwrap
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma4ForConditionalGeneration
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gemma_accel.hostmemory import FileSlice, HostTable, StaleFileError
 from gemma_accel.loading import find_tensor, install_load_path
@@ -90,7 +90,9 @@ class TestLoading:
         assert torch.equal(logits(model), expected)
 
     def test_checkpoint_that_is_already_in_four_bits(self, checkpoint, tmp_path, request):
-        stock(checkpoint, quantization_config=BitsAndBytesConfig(**NF4)).save_pretrained(tmp_path / "nf4")
+        stock(checkpoint, quantization_config=BitsAndBytesConfig(**NF4)).save_pretrained(
+            tmp_path / "nf4"
+        )
         expected = logits(stock(tmp_path / "nf4").train())
         request.getfixturevalue("load_path")
         model = stock(tmp_path / "nf4").train()
@@ -118,7 +120,9 @@ class TestLoading:
 
         init = Gemma4TextModel.__init__
         with pytest.raises(Exception):  # noqa: B017 - whatever transformers raises
-            AutoModelForCausalLM.from_pretrained(checkpoint, no_such_argument=1, device_map="nowhere")
+            AutoModelForCausalLM.from_pretrained(
+                checkpoint, no_such_argument=1, device_map="nowhere"
+            )
         assert Gemma4TextModel.__init__ is init
         assert type(table_of(stock(checkpoint))) is HostPerLayerEmbedding
 
@@ -188,7 +192,9 @@ class TestTable:
         assert (checkpoint / "model.safetensors").read_bytes() == before
 
     def test_resized_vocabulary(self, model, checkpoint):
-        other = tiny_model("causal" if type(model).__name__ == "Gemma4ForCausalLM" else "conditional")
+        other = tiny_model(
+            "causal" if type(model).__name__ == "Gemma4ForCausalLM" else "conditional"
+        )
         for m in (model, other):
             m.resize_token_embeddings(170, mean_resizing=False)
         assert table_of(model).weight.shape == table_of(other).weight.shape == (170, 80)
@@ -228,8 +234,13 @@ class TestHostTable:
     @pytest.fixture
     def table(self, tmp_path):
         weight = torch.randn(33, 24, dtype=torch.bfloat16)
-        save_file({"a": torch.ones(3), "x.embed_tokens_per_layer.weight": weight}, tmp_path / "f.safetensors")
-        return weight, find_tensor(tmp_path / "f.safetensors", suffix="embed_tokens_per_layer.weight")
+        save_file(
+            {"a": torch.ones(3), "x.embed_tokens_per_layer.weight": weight},
+            tmp_path / "f.safetensors",
+        )
+        return weight, find_tensor(
+            tmp_path / "f.safetensors", suffix="embed_tokens_per_layer.weight"
+        )
 
     def test_rows_by_columns_from_a_file(self, table):
         weight, source = table

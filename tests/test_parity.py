@@ -1,4 +1,6 @@
-"""Whole tiny models, stock against applied: loss, logits, every gradient, and 30 steps of training."""
+"""Whole tiny models, stock against applied: loss, logits, every gradient, and 30 steps of
+training.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import gemma_accel
-from tests.tiny import batch, tiny_model
+from tests.tiny import LANGUAGE, batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("references")
 
-LANGUAGE = r".*(language_model|model)\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 BRANCHES = {
     "everything": {},
@@ -22,7 +23,10 @@ BRANCHES = {
         layer_types=["sliding_attention"] * 4 + ["full_attention"], num_kv_shared_layers=0
     ),
     "keys are values": dict(
-        attention_k_eq_v=True, num_global_key_value_heads=1, num_kv_shared_layers=0, hidden_size_per_layer_input=0
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+        num_kv_shared_layers=0,
+        hidden_size_per_layer_input=0,
     ),
     "odd widths": dict(hidden_size=72, intermediate_size=88, hidden_size_per_layer_input=8),
 }
@@ -51,11 +55,15 @@ def gradients(model, inputs):
 @pytest.mark.parametrize("branch", BRANCHES)
 @pytest.mark.parametrize("kind", ["causal", "conditional"])
 def test_loss_logits_and_every_gradient_in_full_fine_tuning(kind, branch):
-    """Against float64 truth, beside float32 stock's own error, the mean of three draws: both are the last few bits grown through the
-    network, so a single tensor's may still differ by 4, all of them together by 1.5. A wrong term would be off by thousands."""
+    """Against float64 truth, beside float32 stock's own error, the mean of three draws: both are
+    the last few bits grown through the network, so a single tensor's may still differ by 4, all of
+    them together by 1.5. A wrong term would be off by thousands.
+    """
     errors = []
     for seed in range(3):
-        truth, truth_grads = gradients(tiny_model(kind, seed=seed, **BRANCHES[branch]).double(), batch(seed=seed))
+        truth, truth_grads = gradients(
+            tiny_model(kind, seed=seed, **BRANCHES[branch]).double(), batch(seed=seed)
+        )
         rows = []
         for model in pair(kind, seed=seed, **BRANCHES[branch])[:2]:
             out, grads = gradients(model, batch(seed=seed))
@@ -80,7 +88,9 @@ def test_adapter_gradients(kind, wrapped, checkpointing):
         if applied and wrapped == "after":
             gemma_accel.apply(model)
         torch.manual_seed(1)
-        peft = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False))
+        peft = get_peft_model(
+            model, LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False)
+        )
         if applied and wrapped == "before":
             gemma_accel.apply(peft)
         if applied and wrapped == "after":
@@ -96,7 +106,9 @@ def test_adapter_gradients(kind, wrapped, checkpointing):
 
 
 def test_checkpointing_really_recomputes_applied_layers():
-    """A class swap keeps checkpointing; an instance forward would lose it silently on transformers 5.23."""
+    """A class swap keeps checkpointing; an instance forward would lose it silently on transformers
+    5.23.
+    """
     counts = []
     for checkpointing in (False, True):
         model = tiny_model()
@@ -115,15 +127,23 @@ def test_checkpointing_really_recomputes_applied_layers():
 def test_lower_precision_is_no_less_accurate_than_stock(dtype):
     """Against float32 truth, in the gradients of the whole model."""
     errors = []
-    for seed in range(6):  # a whole network's error is one draw; the mean over several is what is compared
-        truth, truth_grads = gradients(tiny_model("causal", dtype=dtype, seed=seed).float(), batch(seed=seed))
+    for seed in range(
+        6
+    ):  # a whole network's error is one draw; the mean over several is what is compared
+        truth, truth_grads = gradients(
+            tiny_model("causal", dtype=dtype, seed=seed).float(), batch(seed=seed)
+        )
         stock, ours, _ = pair("causal", dtype=dtype, seed=seed)
         row = []
         for model in (stock, ours):
             out, grads = gradients(model, batch(seed=seed))
             assert out.logits.dtype == dtype
             row += [relative(out.logits, truth.logits)]
-            row += [torch.tensor([relative(grads[n], truth_grads[n]) for n in truth_grads]).norm().item()]
+            row += [
+                torch.tensor([relative(grads[n], truth_grads[n]) for n in truth_grads])
+                .norm()
+                .item()
+            ]
         errors.append(row)
     stock_logits, stock_grads, our_logits, our_grads = torch.tensor(errors).mean(0).tolist()
     assert our_logits <= stock_logits * 1.1, (our_logits, stock_logits)
@@ -131,7 +151,9 @@ def test_lower_precision_is_no_less_accurate_than_stock(dtype):
 
 
 def thirty_steps(*, lora, applied, nudge=0):
-    """Losses and final trained weights; ``nudge`` seeds a change of every weight by half a unit in float32's last place."""
+    """Losses and final trained weights; ``nudge`` seeds a change of every weight by half a unit in
+    float32's last place.
+    """
     model = tiny_model("conditional", towers=False)
     if nudge:
         torch.manual_seed(nudge)
@@ -144,7 +166,8 @@ def thirty_steps(*, lora, applied, nudge=0):
     if applied:
         gemma_accel.apply(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # plain momentum: Adam divides by the gradient's size and would blow up the last bits of a gradient of nearly nothing
+    # plain momentum: Adam divides by the gradient's size and would blow up the last bits of a
+    # gradient of nearly nothing
     optimizer = torch.optim.SGD(trained, lr=0.05 if lora else 0.002, momentum=0.9)
     losses = []
     for step in range(30):
@@ -159,8 +182,10 @@ def thirty_steps(*, lora, applied, nudge=0):
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_thirty_steps_end_where_stock_ends(lora):
-    """Training is chaotic: a last-bit change grows. The applied run may leave the stock run no further than stock leaves itself when its
-    weights are nudged by half a unit in the last place (the largest of three nudges; a factor of 4 for drawing only three)."""
+    """Training is chaotic: a last-bit change grows. The applied run may leave the stock run no
+    further than stock leaves itself when its weights are nudged by half a unit in the last place
+    (the largest of three nudges; a factor of 4 for drawing only three).
+    """
     expected, expected_weights = thirty_steps(lora=lora, applied=False)
     losses, weights = thirty_steps(lora=lora, applied=True)
     assert expected[-5:].mean() < expected[:5].mean() - 0.05
@@ -190,22 +215,26 @@ def test_per_layer_inputs_given_by_the_caller_are_used():
     ids = batch()["input_ids"]
     outs = []
     for model in (stock, ours):
-        given = torch.randn(
-            *ids.shape, 5, 16, generator=torch.Generator().manual_seed(3)
+        given = torch.randn(*ids.shape, 5, 16, generator=torch.Generator().manual_seed(3))
+        outs.append(
+            model(inputs_embeds=model.model.embed_tokens(ids), per_layer_inputs=given).logits
         )
-        outs.append(model(inputs_embeds=model.model.embed_tokens(ids), per_layer_inputs=given).logits)
     assert relative(outs[1], outs[0]) < 1e-5
 
 
 def test_norms_that_peft_wraps_run_their_own_forward():
-    """`modules_to_save` on norms: the wrapped copies are trained, so no fused op may take the original's weight."""
+    """`modules_to_save` on norms: the wrapped copies are trained, so no fused op may take the
+    original's weight.
+    """
     results = []
     for applied in (False, True):
         torch.manual_seed(1)
         model = get_peft_model(
             tiny_model("causal"),
             LoraConfig(
-                r=4, target_modules=LANGUAGE, init_lora_weights=False,
+                r=4,
+                target_modules=LANGUAGE,
+                init_lora_weights=False,
                 modules_to_save=["post_attention_layernorm", "q_norm", "per_layer_projection_norm"],
             ),
         )

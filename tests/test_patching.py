@@ -53,7 +53,13 @@ class TestApply:
     def test_reports_every_text_patch_and_no_skip_on_a_stock_model(self, model):
         report = gemma_accel.apply(model)
         names = {record.patch for record in report.applied}
-        assert {"rms_norm", "qk_norm_rope", "geglu", "decoder_layer", "per_layer_embeddings"} <= names
+        assert {
+            "rms_norm",
+            "qk_norm_rope",
+            "geglu",
+            "decoder_layer",
+            "per_layer_embeddings",
+        } <= names
         layers = {r.path for r in report.applied if r.patch == "decoder_layer"}
         assert len(layers) == 5
         skipped = {r.patch for r in report.skipped if r.modality == "text"}
@@ -79,7 +85,8 @@ class TestApply:
 
     def test_knows_the_model_inside_peft(self, model):
         wrapped = get_peft_model(
-            model, LoraConfig(target_modules=r".*(language_model|model)\.layers.*\.(q_proj|down_proj)")
+            model,
+            LoraConfig(target_modules=r".*(language_model|model)\.layers.*\.(q_proj|down_proj)"),
         )
         report = gemma_accel.apply(wrapped)
         assert gemma_accel.apply(wrapped.get_base_model()) is report
@@ -183,7 +190,9 @@ class TestRefusals:
 
     def test_restore_refuses_where_somebody_wrapped_since(self, model):
         report = gemma_accel.apply(model)
-        path, mlp = next((p, m) for p, m in model.named_modules() if type(m).__name__ == "Gemma4TextMLP")
+        path, mlp = next(
+            (p, m) for p, m in model.named_modules() if type(m).__name__ == "Gemma4TextMLP"
+        )
         mlp.forward = mlp.forward
         before = state(model)
         with pytest.raises(errors.RestoreError, match=path):
@@ -244,10 +253,14 @@ class TestPlugins:
         assert not any("_guest" in vars(m) for m in model.modules())
 
     def test_deselects_modules(self, model, plugins):
-        plugins.register(_Plugin(select=lambda patch, path: False if patch.name == "geglu" else None))
+        plugins.register(
+            _Plugin(select=lambda patch, path: False if patch.name == "geglu" else None)
+        )
         report = gemma_accel.apply(model)
         assert not [r for r in report.applied if r.patch == "geglu"]
-        assert {r.reason for r in report.skipped if r.patch == "geglu"} == {"a plugin deselected it"}
+        assert {r.reason for r in report.skipped if r.patch == "geglu"} == {
+            "a plugin deselected it"
+        }
 
     def test_replaces_a_built_in_patch(self, model, plugins):
         plugins.register(_Plugin(_Marker(seam="class", replaces=("geglu",))))
@@ -273,7 +286,9 @@ class TestPlugins:
 
         plugins.register(_Plugin(**{hook: fail}), name="faulty")
         before = state(model)
-        with pytest.raises(errors.PluginError, match=rf"'faulty' raised in gemma_accel_{hook}.*oops"):
+        with pytest.raises(
+            errors.PluginError, match=rf"'faulty' raised in gemma_accel_{hook}.*oops"
+        ):
             gemma_accel.apply(model)
         assert state(model) == before
         assert patching.report_of(model) is None

@@ -1,4 +1,6 @@
-"""What a Trainer built on an applied model finds: the table settled, the towers parked, the callback there."""
+"""What a Trainer built on an applied model finds: the table settled, the towers parked, the
+callback there.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,13 @@ from gemma_accel import patching, wiring
 from gemma_accel.callback import GradientAccumulationCallback
 from gemma_accel.loading import install_load_path
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
-from tests.tiny import VOCAB, batch, tiny_model
+from tests.tiny import LANGUAGE, VOCAB, batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("references")
 
-LANGUAGE = r".*(language_model|model)\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+NF4 = BitsAndBytesConfig(
+    load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +42,11 @@ def tokenizer():
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
     )
 
 
@@ -62,7 +69,9 @@ def checkpoint(request, tmp_path):
 
 
 def rows(n=8):
-    return Dataset.from_list([{"input_ids": batch((9 + i,), seed=i)["input_ids"][0].tolist()} for i in range(n)])
+    return Dataset.from_list(
+        [{"input_ids": batch((9 + i,), seed=i)["input_ids"][0].tolist()} for i in range(n)]
+    )
 
 
 def config(tmp_path, cls=SFTConfig, **kwargs):
@@ -70,8 +79,14 @@ def config(tmp_path, cls=SFTConfig, **kwargs):
     if cls is SFTConfig:
         kwargs.setdefault("max_length", 32)
     return cls(
-        output_dir=str(tmp_path / "out"), use_cpu=True, bf16=False, report_to="none", logging_steps=1,
-        save_strategy="no", disable_tqdm=True, **kwargs,
+        output_dir=str(tmp_path / "out"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+        **kwargs,
     )
 
 
@@ -96,13 +111,17 @@ def load(path, **kwargs):
 
 class TestAutomatic:
     @pytest.mark.parametrize("quantised", [False, True])
-    def test_a_stock_script_trains_as_stock_and_is_applied(self, checkpoint, tmp_path, tokenizer, quantised, request):
+    def test_a_stock_script_trains_as_stock_and_is_applied(
+        self, checkpoint, tmp_path, tokenizer, quantised, request
+    ):
         kwargs = {"quantization_config": NF4} if quantised else {}
         expected = losses(sft(load(checkpoint, **kwargs), tmp_path, tokenizer))
         request.getfixturevalue("auto")
         trainer = sft(load(checkpoint, **kwargs), tmp_path, tokenizer)
         report = patching.report_of(trainer.model)
-        assert {"decoder_layer", "lora", "per_layer_embeddings"} <= {r.patch for r in report.applied}
+        assert {"decoder_layer", "lora", "per_layer_embeddings"} <= {
+            r.patch for r in report.applied
+        }
         assert "frozen: read from the checkpoint file" in report.notes["per-layer table"]
         assert losses(trainer) == pytest.approx(expected, rel=2e-4)
 
@@ -116,7 +135,9 @@ class TestAutomatic:
 
 
 class TestTable:
-    def test_full_fine_tuning_trains_it_as_stock_does(self, checkpoint, tmp_path, tokenizer, request):
+    def test_full_fine_tuning_trains_it_as_stock_does(
+        self, checkpoint, tmp_path, tokenizer, request
+    ):
         trained = []
         for applied in (False, True):
             if applied:
@@ -131,7 +152,9 @@ class TestTable:
         moved = (trained[0] - start).norm()
         assert (trained[1] - trained[0]).norm() < 1e-3 * moved
 
-    def test_modules_to_save_trains_a_copy_and_leaves_the_original(self, checkpoint, tmp_path, tokenizer, auto):
+    def test_modules_to_save_trains_a_copy_and_leaves_the_original(
+        self, checkpoint, tmp_path, tokenizer, auto
+    ):
         model = load(checkpoint)
         start = model.get_per_layer_input_embeddings().weight.detach().clone()
         trainer = SFTTrainer(
@@ -139,7 +162,9 @@ class TestTable:
             args=config(tmp_path, optim="sgd", learning_rate=1.0),
             train_dataset=rows(),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=4, target_modules=LANGUAGE, modules_to_save=["embed_tokens_per_layer"]),
+            peft_config=LoraConfig(
+                r=4, target_modules=LANGUAGE, modules_to_save=["embed_tokens_per_layer"]
+            ),
         )
         losses(trainer)
         wrapper = model.get_per_layer_input_embeddings()
@@ -165,7 +190,9 @@ class TestTowers:
         tower = model.model.vision_tower
         assert tower._gemma_accel_parked is not None
         pixels = torch.rand(1, 36, 48)
-        where = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), -1).view(1, 36, 2)
+        where = torch.stack(
+            torch.meshgrid(torch.arange(6), torch.arange(6), indexing="xy"), -1
+        ).view(1, 36, 2)
         tower(pixels, where)
         assert tower._gemma_accel_parked is None and "_apply" not in vars(tower)
 
@@ -192,13 +219,23 @@ class TestWrappers:
         model = tiny_model()
         gemma_accel.apply(model)
         trainer = Trainer(
-            model=model, args=config(tmp_path, TrainingArguments), train_dataset=rows(),
+            model=model,
+            args=config(tmp_path, TrainingArguments),
+            train_dataset=rows(),
             callbacks=[GradientAccumulationCallback()],
         )
-        found = [c for c in trainer.callback_handler.callbacks if isinstance(c, GradientAccumulationCallback)]
+        found = [
+            c
+            for c in trainer.callback_handler.callbacks
+            if isinstance(c, GradientAccumulationCallback)
+        ]
         assert len(found) == 1
         trainer = sft(model, tmp_path, tokenizer)
-        found = [c for c in trainer.callback_handler.callbacks if isinstance(c, GradientAccumulationCallback)]
+        found = [
+            c
+            for c in trainer.callback_handler.callbacks
+            if isinstance(c, GradientAccumulationCallback)
+        ]
         assert len(found) == 1
 
     def test_reentrant_checkpointing_is_switched_off_with_a_warning(self, tmp_path, tokenizer):
@@ -206,7 +243,10 @@ class TestWrappers:
         gemma_accel.apply(model)
         with pytest.warns(UserWarning, match="silently wrong gradients"):
             trainer = sft(
-                model, tmp_path, tokenizer, gradient_checkpointing=True,
+                model,
+                tmp_path,
+                tokenizer,
+                gradient_checkpointing=True,
                 gradient_checkpointing_kwargs={"use_reentrant": True},
             )
         assert trainer.args.gradient_checkpointing_kwargs["use_reentrant"] is False
@@ -215,7 +255,10 @@ class TestWrappers:
         model = tiny_model()
         report = gemma_accel.apply(model)
         SFTTrainer(
-            model=model, args=config(tmp_path), train_dataset=rows(), processing_class=tokenizer,
+            model=model,
+            args=config(tmp_path),
+            train_dataset=rows(),
+            processing_class=tokenizer,
             peft_config=LoraConfig(r=4, target_modules=LANGUAGE, lora_dropout=0.1),
         )
         reasons = {r.reason for r in report.skipped if r.patch == "lora"}

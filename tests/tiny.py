@@ -1,5 +1,6 @@
-"""Gemma 4 in miniature: every architectural branch of E2B (per-layer embeddings, shared keys and values, double-wide MLP in the sharing
-layers, sliding and full layers with their own head widths, partial rotation) in a few hundred thousand parameters.
+"""Gemma 4 in miniature: every architectural branch of E2B (per-layer embeddings, shared keys and
+values, double-wide MLP in the sharing layers, sliding and full layers with their own head widths,
+partial rotation) in a few hundred thousand parameters.
 """
 
 from __future__ import annotations
@@ -7,9 +8,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Gemma4Config, Gemma4ForCausalLM, Gemma4ForConditionalGeneration, Gemma4TextConfig
+from transformers import (
+    Gemma4Config,
+    Gemma4ForCausalLM,
+    Gemma4ForConditionalGeneration,
+    Gemma4TextConfig,
+)
 
 VOCAB = 160
+
+LANGUAGE = (
+    r".*(language_model|model)\.layers\..*\."
+    r"(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
+"""The language model's linear layers, as a LoRA target."""
 
 TEXT = dict(
     vocab_size=VOCAB,
@@ -18,7 +30,13 @@ TEXT = dict(
     hidden_size_per_layer_input=16,
     intermediate_size=128,
     num_hidden_layers=5,
-    layer_types=["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    layer_types=[
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+    ],
     num_attention_heads=4,
     num_key_value_heads=2,
     num_global_key_value_heads=None,
@@ -106,9 +124,11 @@ def tiny_model(
     towers: bool = True,
     **changes: Any,
 ) -> Any:
-    """A tiny random model: ``causal`` (`Gemma4ForCausalLM`) or ``conditional`` (`Gemma4ForConditionalGeneration`), in train mode.
+    """A tiny random model: ``causal`` (`Gemma4ForCausalLM`) or ``conditional``
+    (`Gemma4ForConditionalGeneration`), in train mode.
 
-    Norm weights and layer scalars are drawn too: their defaults of 1 would hide a kernel that ignores them.
+    Norm weights and layer scalars are drawn too: their defaults of 1 would hide a kernel that
+    ignores them.
     """
     torch.manual_seed(seed)
     if kind == "causal":

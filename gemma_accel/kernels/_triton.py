@@ -1,7 +1,7 @@
 """Triton where it is installed, and the two questions every op asks about it.
 
-Triton ships for Linux (and Windows, as a separate build). Elsewhere the package still imports and every op runs its
-PyTorch reference, so the names below must exist without it.
+Triton ships for Linux (and Windows, as a separate build). Elsewhere the package still imports and
+every op runs its PyTorch reference, so the names below must exist without it.
 """
 
 from __future__ import annotations

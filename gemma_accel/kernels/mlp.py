@@ -1,11 +1,14 @@
-"""The gated MLP, its three projections and their adapters, as one step of autograd that decides what to keep.
+"""The gated MLP, its three projections and their adapters, as one step of autograd that decides
+what to keep.
 
     y = down(gelu_tanh(gate(x)) * up(x))
 
-Stock keeps four tensors of [tokens, F] for backward (gate, its gelu, up, the product): 96 MiB a layer for 2,048 tokens of E2B's narrow
-layers, twice that of the wide ones, half of everything a layer keeps. Here ``keep`` keeps gate and up, and the product is made again
-from them, which costs one elementwise pass; without it nothing of that width is kept and backward runs the two products again. Either
-way both directions can go through the tokens in tiles, so that what is alive at a time does not grow with the sequence.
+Stock keeps four tensors of [tokens, F] for backward (gate, its gelu, up, the product): 96 MiB a
+layer for 2,048 tokens of E2B's narrow layers, twice that of the wide ones, half of everything a
+layer keeps. Here ``keep`` keeps gate and up, and the product is made again from them, which costs
+one elementwise pass; without it nothing of that width is kept and backward runs the two products
+again. Either way both directions can go through the tokens in tiles, so that what is alive at a
+time does not grow with the sequence.
 """
 
 from __future__ import annotations
@@ -54,7 +57,9 @@ def _tiles(rows: int, tile: int | None) -> list[slice]:
 
 
 class GatedMlpFunction(torch.autograd.Function):
-    """Saves x and the adapters' small products; with ``keep`` gate and up too. Parameters stay on ``ctx`` (see `ProjectFunction`)."""
+    """Saves x and the adapters' small products; with ``keep`` gate and up too. Parameters stay on
+    ``ctx`` (see `ProjectFunction`).
+    """
 
     @staticmethod
     def forward(
@@ -74,7 +79,9 @@ class GatedMlpFunction(torch.autograd.Function):
         for rows in tiles:
             (g, u), gate_up_a = project_forward(used[rows], (gate, up), cast=cast)
             (y,), down_a = project_forward(geglu_fwd(g, u), (down,), cast=cast)
-            saved.append(_Saved(g, u, gate_up_a, down_a) if keep else _Saved(None, None, gate_up_a, down_a))
+            saved.append(
+                _Saved(g, u, gate_up_a, down_a) if keep else _Saved(None, None, gate_up_a, down_a)
+            )
             if len(tiles) == 1:
                 out = y
             else:
@@ -94,7 +101,8 @@ class GatedMlpFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         if ctx.versions != [None if t is None else t._version for t in ctx.parameters]:
             raise RuntimeError(
-                "gated_mlp: a parameter was modified in place between forward and backward. Call backward before the "
+                "gated_mlp: a parameter was modified in place between forward and backward. Call "
+                "backward before the "
                 "optimizer's step."
             )
         x, *flat = ctx.saved_tensors
@@ -109,7 +117,9 @@ class GatedMlpFunction(torch.autograd.Function):
                 if needs_x and len(ctx.tiles) > 1:
                     dx = torch.empty_like(x, dtype=dy.dtype) if dx is None else dx
                     out = dx[rows]
-                part, grads = _tile_backward(ctx, x[rows], dy[rows], kept, Needs(needs_x, each), out)
+                part, grads = _tile_backward(
+                    ctx, x[rows], dy[rows], kept, Needs(needs_x, each), out
+                )
                 dx = part if len(ctx.tiles) == 1 else dx
                 total = _add(total, grads)
         parameters = [
@@ -161,17 +171,19 @@ def gated_mlp(
     keep: bool = True,
     tile: int | None = None,
 ) -> Tensor:
-    """``down(gelu_tanh(gate(x)) * up(x))`` with the adapters of all three, keeping as little as told.
+    """``down(gelu_tanh(gate(x)) * up(x))`` with the adapters of all three, keeping as little as
+    told.
 
     Replaces:
         ``Gemma4TextMLP.forward``: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``.
 
     Shapes:
-        x [..., D] -> [..., D']. Saved: x, the adapters' [tokens, sum r]; with ``keep`` gate and up [tokens, F]. ``tile`` bounds the
-        tokens in flight; None takes all at once.
+        x [..., D] -> [..., D']. Saved: x, the adapters' [tokens, sum r]; with ``keep`` gate and up
+        [tokens, F]. ``tile`` bounds the tokens in flight; None takes all at once.
 
     Numerics:
-        `project`'s and `geglu`'s, step by step. With tiles, gradients of parameters are summed in float32 and rounded at the end.
+        `project`'s and `geglu`'s, step by step. With tiles, gradients of parameters are summed in
+        float32 and rounded at the end.
 
     Raises:
         What `project` raises. In backward RuntimeError where a parameter has been written to since.
@@ -182,5 +194,7 @@ def gated_mlp(
     if not use_kernel(x):
         return gated_mlp_ref(x, gate, up, down)
     projections = (gate, up, down)
-    parameters = [t for p in projections for t in (None if type(p.weight) is NF4Weight else p.weight, *p[1:4])]
+    parameters = [
+        t for p in projections for t in (None if type(p.weight) is NF4Weight else p.weight, *p[1:4])
+    ]
     return GatedMlpFunction.apply(x, projections, autocast_dtype(x), keep, tile, *parameters)

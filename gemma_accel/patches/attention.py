@@ -1,12 +1,15 @@
-"""The text model's attention, through Transformers' own registries: an attention function and a mask function of one name.
+"""The text model's attention, through Transformers' own registries: an attention function and a
+mask function of one name.
 
-Stock builds a [1, 1, S, S] mask for every sliding layer longer than its window and for every packed batch, repeats keys and values for
-the query heads, and runs head_dim 512 on PyTorch's slowest fused path. Here the mask function describes what may be seen in two int32
-vectors (or nothing), and the attention function hands both to the kernel.
+Stock builds a [1, 1, S, S] mask for every sliding layer longer than its window and for every packed
+batch, repeats keys and values for the query heads, and runs head_dim 512 on PyTorch's slowest fused
+path. Here the mask function describes what may be seen in two int32 vectors (or nothing), and the
+attention function hands both to the kernel.
 
-Whether the kernel serves a batch is decided in the mask function, once a forward: an attention function that was given no mask could not fall
-back any more, since the window and the documents' borders would be lost. What it does not serve gets stock's own mask, and the
-attention function knows that by its dtype.
+Whether the kernel serves a batch is decided in the mask function, once a forward: an attention
+function that was given no mask could not fall back any more, since the window and the documents'
+borders would be lost. What it does not serve gets stock's own mask, and the attention function
+knows that by its dtype.
 """
 
 from __future__ import annotations
@@ -49,9 +52,11 @@ def mask(
     device: Any = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """What the kernel needs to know of a batch, int32 [B, 2, T, 1] (first and last of `Segments`), None, or stock's boolean mask.
+    """What the kernel needs to know of a batch, int32 [B, 2, T, 1] (first and last of `Segments`),
+    None, or stock's boolean mask.
 
-    The shape lets Transformers 5.23 drop query positions (`mask[:, :, slice, :]`) as it does with a dense mask.
+    The shape lets Transformers 5.23 drop query positions (`mask[:, :, slice, :]`) as it does with a
+    dense mask.
     """
     padding = None if attention_mask is None else _padding(attention_mask)
     stock = (
@@ -89,7 +94,9 @@ def mask(
 
 
 def unpack(packed: Tensor) -> Segments:
-    """The `Segments` of a mask [B, 2, T, 1], the same object for every layer: what is worked out about it stays with it."""
+    """The `Segments` of a mask [B, 2, T, 1], the same object for every layer: what is worked out
+    about it stays with it.
+    """
     segments = getattr(packed, "_gemma_accel_segments", None)
     if segments is None:
         segments = Segments(packed[:, 0, :, 0], packed[:, 1, :, 0])
@@ -107,15 +114,18 @@ class _Padding(NamedTuple):
     def serves(self, length: int) -> bool:
         """Whether segments describe it.
 
-        `generate` from right-padded prompts reads what a padding position predicts, as stock computes it; segments let padding see
-        nothing. So where no gradient is asked for, right padding gets stock's mask, up to the length where that mask costs more than it is worth
-        (16 MiB a row at 4,096).
+        `generate` from right-padded prompts reads what a padding position predicts, as stock
+        computes it; segments let padding see nothing. So where no gradient is asked for, right
+        padding gets stock's mask, up to the length where that mask costs more than it is worth (16
+        MiB a row at 4,096).
         """
         return self.at_ends and (self.last_is_token or torch.is_grad_enabled() or length > 4096)
 
 
 def _padding(mask: Tensor) -> _Padding:
-    """Looks at a mask [B, T] in one wait for the device (stock waits too, to see whether all is ones)."""
+    """Looks at a mask [B, T] in one wait for the device (stock waits too, to see whether all is
+    ones).
+    """
     valid = mask != 0
     borders = (valid[:, 1:] != valid[:, :-1]).sum(-1) + valid[:, 0].int()
     return _Padding(*torch.stack((valid.all(), (borders <= 2).all(), valid[:, -1].all())).tolist())
@@ -124,7 +134,8 @@ def _padding(mask: Tensor) -> _Padding:
 def _positions(mask_function: Any, batch_size: int, length: int, device: Any) -> Tensor:
     """Position ids [B, T] that step by one inside a document and by two where one begins.
 
-    The documents are inside ``mask_function``: a token belongs to its predecessor's if it may see it.
+    The documents are inside ``mask_function``: a token belongs to its predecessor's if it may see
+    it.
     """
     rows = torch.arange(batch_size, device=device)[:, None]
     queries = torch.arange(1, length, device=device)[None, :]
@@ -145,7 +156,9 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """query [B, N, T, H], key and value [B, K, S, H] -> out [B, T, N, H]; stock's attention where it has stock's mask."""
+    """query [B, N, T, H], key and value [B, K, S, H] -> out [B, T, N, H]; stock's attention where
+    it has stock's mask.
+    """
     ours = attention_mask is None or attention_mask.dtype == torch.int32
     if not ours:
         return sdpa_attention_forward(
@@ -153,7 +166,8 @@ def attend(
         )
     segments = None if attention_mask is None else unpack(attention_mask)
     if query.shape[2] != key.shape[2]:
-        # generation, or `logits_to_keep`, needs the last positions only of the layers that share keys
+        # generation, or `logits_to_keep`, needs the last positions only of the layers that share
+        # keys
         dense = _dense(query.shape[2], key.shape[2], sliding_window, segments, query.device)
         return sdpa_attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs
@@ -190,7 +204,8 @@ class AttentionPatch(Patch):
         if config._attn_implementation not in ("sdpa", NAME):
             return f"the model was loaded with attn_implementation={config._attn_implementation!r}"
         if config.use_bidirectional_attention is not None:
-            return f"use_bidirectional_attention is {config.use_bidirectional_attention!r}; the kernel is causal"
+            kind = config.use_bidirectional_attention
+            return f"use_bidirectional_attention is {kind!r}; the kernel is causal"
         if config.attention_dropout:
             return f"attention_dropout is {config.attention_dropout}; the kernel has none"
         for layer in module.layers:

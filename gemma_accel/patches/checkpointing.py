@@ -1,8 +1,10 @@
 """Checkpointing by budget: each layer keeps, recomputes or offloads as the memory at hand allows.
 
-The seam is the function with which Transformers checkpoints a layer (`_gradient_checkpointing_func`, which turning checkpointing on sets on every
-layer, the same in every version): the fused layer hands out one that asks the policy first. So ``gradient_checkpointing=False`` means what it
-says, never recompute, and ``True`` is the permission to.
+The seam is the function with which Transformers checkpoints a layer
+(`_gradient_checkpointing_func`, which turning checkpointing on sets on every layer, the same in
+every version): the fused layer hands out one that asks the policy first. So
+``gradient_checkpointing=False`` means what it says, never recompute, and ``True`` is the permission
+to.
 """
 
 from __future__ import annotations
@@ -26,15 +28,17 @@ from gemma_accel.patches.seams import Fused, Undoing
 __all__ = ["MemoryPolicy", "checkpointing_patch", "graphs_patch"]
 
 GIB = 2**30
-# of the budget: what the caching allocator cannot use for being in pieces, and what no arithmetic names (measured, see benchmarks/LOG.md)
+# of the budget: what the caching allocator cannot use for being in pieces, and what no arithmetic
+# names (measured, see benchmarks/LOG.md)
 SLACK = 0.05
 
 
 class MemoryPolicy:
     """One text model's: chooses a batch's modes once a shape, and runs its layers by them.
 
-    ``budget`` is what `apply` was given, in bytes; without one (no GPU) layers are checkpointed as stock would. ``fixed`` is what weights,
-    adapters, their gradients and the optimizer take on the device, once it is known.
+    ``budget`` is what `apply` was given, in bytes; without one (no GPU) layers are checkpointed as
+    stock would. ``fixed`` is what weights, adapters, their gradients and the optimizer take on the
+    device, once it is known.
     """
 
     def __init__(self, text: nn.Module) -> None:
@@ -49,7 +53,9 @@ class MemoryPolicy:
 
     def __deepcopy__(self, memo: Any) -> MemoryPolicy:
         twin = object.__new__(MemoryPolicy)
-        twin.__dict__.update(self.__dict__, chosen={}, _graphed={}, captures=False, _inputs=OffloadedInputs())
+        twin.__dict__.update(
+            self.__dict__, chosen={}, _graphed={}, captures=False, _inputs=OffloadedInputs()
+        )
         return twin
 
     def modes(self, hidden: Tensor) -> list[Mode]:
@@ -57,21 +63,30 @@ class MemoryPolicy:
         key = (*hidden.shape, hidden.element_size())
         if key not in self.chosen:
             assert self.budget is not None
-            held = max(self.fixed, torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0)
+            held = max(
+                self.fixed, torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
+            )
             available = int(self.budget * (1 - SLACK)) - held
             tokens, itemsize = hidden.shape[0] * hidden.shape[1], hidden.element_size()
             loss = loss_bytes(tokens, hidden.shape[2], self.vocabulary)
-            # with graphs the loss has no use of the stack's memory, and the graphs hold their input, output and gradient
+            # with graphs the loss has no use of the stack's memory, and the graphs hold their
+            # input, output and gradient
             graphed = available - loss - 4 * tokens * hidden.shape[2] * itemsize - self.trained
             modes = choose_modes(self.shapes, tokens, graphed, 0, itemsize)
-            self._graphed[key] = hidden.is_cuda and self.captures and not {Mode.OFFLOAD, Mode.RECOMPUTE_TILED} & set(modes)
+            self._graphed[key] = (
+                hidden.is_cuda
+                and self.captures
+                and not {Mode.OFFLOAD, Mode.RECOMPUTE_TILED} & set(modes)
+            )
             if not self._graphed[key]:
                 modes = choose_modes(self.shapes, tokens, available, loss, itemsize)
             self.chosen[key] = modes
         return self.chosen[key]
 
     def graphs_fit(self, hidden: Tensor) -> bool:
-        """Whether CUDA graphs of a batch of this shape fit beside everything else, layers not cut to the bone."""
+        """Whether CUDA graphs of a batch of this shape fit beside everything else, layers not cut
+        to the bone.
+        """
         if self.budget is None:
             return False
         self.modes(hidden)
@@ -83,13 +98,23 @@ class MemoryPolicy:
         for key, modes in self.chosen.items():
             counts = Counter(mode.value for mode in modes)
             text = ", ".join(f"{n} {mode}" for mode, n in counts.items())
-            lines.append(f"{key[0]} x {key[1]}: {text}" + (", captured in CUDA graphs" if self._graphed[key] else ""))
+            lines.append(
+                f"{key[0]} x {key[1]}: {text}"
+                + (", captured in CUDA graphs" if self._graphed[key] else "")
+            )
         return "; ".join(lines)
 
     def run(
-        self, layer: nn.Module, stock: Callable[..., Any], forward: Callable[..., Any], hidden: Tensor, *rest: Any
+        self,
+        layer: nn.Module,
+        stock: Callable[..., Any],
+        forward: Callable[..., Any],
+        hidden: Tensor,
+        *rest: Any,
     ) -> Any:
-        """``forward(hidden, *rest)`` of ``layer`` in the mode chosen for it; ``stock`` is Transformers' checkpoint function."""
+        """``forward(hidden, *rest)`` of ``layer`` in the mode chosen for it; ``stock`` is
+        Transformers' checkpoint function.
+        """
         if self.budget is None or not _is_plain(stock):
             return stock(forward, hidden, *rest)
         mode = self.modes(hidden)[layer.layer_idx]
@@ -97,7 +122,8 @@ class MemoryPolicy:
         mlp.keep, mlp.tile = mlp_schedule(mode, hidden.shape[0] * hidden.shape[1])
         if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP):
             return forward(hidden, *rest)
-        # no random numbers are drawn in a layer without dropout: their state need not be saved and put back around every one
+        # no random numbers are drawn in a layer without dropout: their state need not be saved and
+        # put back around every one
         again = functools.partial(stock, preserve_rng_state=_draws(layer))
         if mode is Mode.OFFLOAD and hidden.is_cuda:
             return self._inputs.run(again, forward, hidden, *rest, first=layer.layer_idx == 0)
@@ -105,7 +131,9 @@ class MemoryPolicy:
 
 
 def _draws(layer: nn.Module) -> bool:
-    """Whether the layer has dropout, its adapters' included; looked up once, at its first recomputed forward."""
+    """Whether the layer has dropout, its adapters' included; looked up once, at its first
+    recomputed forward.
+    """
     found = vars(layer).get("_gemma_accel_draws")
     if found is None:
         found = any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.modules())
@@ -114,8 +142,13 @@ def _draws(layer: nn.Module) -> bool:
 
 
 def _is_plain(stock: Any) -> bool:
-    """Whether this is torch's checkpoint as Transformers sets it up by default: TRL's selective mode or an offload of somebody's own stay."""
-    return getattr(stock, "func", None) is checkpoint and set(stock.keywords) <= {"use_reentrant", "preserve_rng_state"}
+    """Whether this is torch's checkpoint as Transformers sets it up by default: TRL's selective
+    mode or an offload of somebody's own stay.
+    """
+    return getattr(stock, "func", None) is checkpoint and set(stock.keywords) <= {
+        "use_reentrant",
+        "preserve_rng_state",
+    }
 
 
 class CheckpointingPatch(Patch):
@@ -124,7 +157,9 @@ class CheckpointingPatch(Patch):
     name, modality, seam = "checkpointing", "text", "memory"
 
     def matches(self, path: str, module: nn.Module) -> bool:
-        return (type(module).stock if isinstance(module, Fused) else type(module)) is Gemma4TextModel
+        return (
+            type(module).stock if isinstance(module, Fused) else type(module)
+        ) is Gemma4TextModel
 
     def why_not(self, module: nn.Module) -> str | None:
         if module.config.enable_moe_block:
@@ -147,7 +182,9 @@ class CheckpointingPatch(Patch):
 
 
 class GraphsPatch(Patch):
-    """Lets a text model's layers be captured; needs the policy, which knows whether there is memory for it."""
+    """Lets a text model's layers be captured; needs the policy, which knows whether there is memory
+    for it.
+    """
 
     name, modality, seam = "cuda_graphs", "text", "graphs"
 

@@ -1,8 +1,10 @@
-"""The text decoder layer: attention's norms and RoPE, the gated MLP, and the joints where a norm meets a residual.
+"""The text decoder layer: attention's norms and RoPE, the gated MLP, and the joints where a norm
+meets a residual.
 
-A stock layer launches about forty elementwise kernels, most of them the seven RMSNorms at five passes each. Here the q, k and v
-norms and the rotation are one launch, the activation and its product another, and each joint (post-norm, residual add, layer
-scalar, next pre-norm) one more. Projections and attention itself are called through two seams of their own, `project` and
+A stock layer launches about forty elementwise kernels, most of them the seven RMSNorms at five
+passes each. Here the q, k and v norms and the rotation are one launch, the activation and its
+product another, and each joint (post-norm, residual add, layer scalar, next pre-norm) one more.
+Projections and attention itself are called through two seams of their own, `project` and
 Transformers' attention registry, so that their patches need not know this one.
 """
 
@@ -40,7 +42,9 @@ __all__ = [
 
 
 class Projector:
-    """How a fused module runs its linear layers: as stock does, one module call each. The `lora` patch sets another."""
+    """How a fused module runs its linear layers: as stock does, one module call each. The `lora`
+    patch sets another.
+    """
 
     def __call__(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         """``linear(x)`` of projections that share an input."""
@@ -65,7 +69,12 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if not self._norms_are_stock():
             return super().forward(
-                hidden_states, position_embeddings, attention_mask, shared_kv_states, past_key_values, **kwargs
+                hidden_states,
+                position_embeddings,
+                attention_mask,
+                shared_kv_states,
+                past_key_values,
+                **kwargs,
             )
         query, key, value = self._qkv(hidden_states, *position_embeddings)
         query = query.transpose(1, 2)
@@ -96,7 +105,9 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
         return out, weights
 
     def _norms_are_stock(self) -> bool:
-        """False once PEFT has wrapped a norm (`modules_to_save`, LN tuning): its own forward must run then."""
+        """False once PEFT has wrapped a norm (`modules_to_save`, LN tuning): its own forward must
+        run then.
+        """
         return isinstance(self.q_norm, Gemma4RMSNorm) and (
             self.is_kv_shared_layer or isinstance(self.k_norm, Gemma4RMSNorm)
         )
@@ -104,7 +115,9 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
     def _qkv(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Projected, normed and rotated queries [B, T, N, H], and keys and values [B, T, K, H] where the layer has its own."""
+        """Projected, normed and rotated queries [B, T, N, H], and keys and values [B, T, K, H]
+        where the layer has its own.
+        """
         if self.is_kv_shared_layer:
             linears = (self.q_proj,)
         elif self.v_proj is None:  # k_eq_v: the value is the key before its norm
@@ -128,7 +141,9 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
 
 
 def _rotary_pairs(attention: Gemma4TextAttention) -> int | None:
-    """How many leading pairs (d, d + H/2) really rotate: "proportional" RoPE leaves the others at angle zero."""
+    """How many leading pairs (d, d + H/2) really rotate: "proportional" RoPE leaves the others at
+    angle zero.
+    """
     rope = attention.config.rope_parameters[attention.layer_type]
     if rope is None or rope.get("rope_type") != "proportional":
         return None
@@ -140,7 +155,9 @@ def _why_not_attention(attention: Gemma4TextAttention) -> str | None:
 
 
 class FusedGemma4TextMLP(Fused, Gemma4TextMLP):
-    """``keep`` and ``tile`` are the memory policy's: whether gate and up are kept for backward, how many tokens are in flight."""
+    """``keep`` and ``tile`` are the memory policy's: whether gate and up are kept for backward, how
+    many tokens are in flight.
+    """
 
     project = Projector()
     keep = True
@@ -170,7 +187,10 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
     graphs: Any = None  # the `cuda_graphs` patch's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.graphs is not None and (out := self.graphs.serve(self, *args, **kwargs)) is not None:
+        if (
+            self.graphs is not None
+            and (out := self.graphs.serve(self, *args, **kwargs)) is not None
+        ):
             return out
         return super().__call__(*args, **kwargs)
 
@@ -225,7 +245,9 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         )
         out = self.mlp(normed)
         if not self.hidden_size_per_layer_input:
-            return _joint(out, hidden_states, self.post_feedforward_layernorm, scale=self.layer_scalar)
+            return _joint(
+                out, hidden_states, self.post_feedforward_layernorm, scale=self.layer_scalar
+            )
         hidden_states = _joint(out, hidden_states, self.post_feedforward_layernorm)
 
         (gate,) = self.project(hidden_states, self.per_layer_input_gate)
@@ -245,7 +267,9 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
 
 
 def _joint(x: Tensor, residual: Tensor, norm: Gemma4RMSNorm, **extra: Any) -> Any:
-    """Post-norm, residual add and what follows. Under autocast the branch may be narrower than the residual: it is widened."""
+    """Post-norm, residual add and what follows. Under autocast the branch may be narrower than the
+    residual: it is widened.
+    """
     if x.dtype != residual.dtype:
         x = x.to(residual.dtype)
     return norm_add(x, residual, norm.weight, eps=norm.eps, **extra)
@@ -263,4 +287,6 @@ def _why_not_layer(layer: Gemma4TextDecoderLayer) -> str | None:
 
 qk_norm_rope_patch = ClassSwap("qk_norm_rope", "text", FusedGemma4TextAttention, _why_not_attention)
 geglu_patch = ClassSwap("geglu", "text", FusedGemma4TextMLP, _why_not_mlp)
-decoder_layer_patch = ClassSwap("decoder_layer", "text", FusedGemma4TextDecoderLayer, _why_not_layer)
+decoder_layer_patch = ClassSwap(
+    "decoder_layer", "text", FusedGemma4TextDecoderLayer, _why_not_layer
+)

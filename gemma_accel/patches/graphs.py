@@ -1,12 +1,14 @@
 """The decoder stack as two CUDA graphs: one launch forward, one backward.
 
-A step of E2B is some five thousand launches. The card needs 0.15 s for them, the host two or three times as long to make them. Where batches have
-one shape (packing, `pad_to_multiple_of`, rows of one length) the launches are the same at every step: after a few steps of one shape the stack,
-its recomputation and its backward are captured and replayed. Embeddings, final norm, LM head, loss and optimizer stay outside, in the trainer's
-hands.
+A step of E2B is some five thousand launches. The card needs 0.15 s for them, the host two or three
+times as long to make them. Where batches have one shape (packing, `pad_to_multiple_of`, rows of one
+length) the launches are the same at every step: after a few steps of one shape the stack, its
+recomputation and its backward are captured and replayed. Embeddings, final norm, LM head, loss and
+optimizer stay outside, in the trainer's hands.
 
-What is captured reads fixed addresses, so the graphs step aside, and the layers run one by one as ever, whenever something could have moved: another
-shape, another adapter, a second forward before the first one's backward, hooks, a cache, distributed training. The memory the graphs hold comes out
+What is captured reads fixed addresses, so the graphs step aside, and the layers run one by one as
+ever, whenever something could have moved: another shape, another adapter, a second forward before
+the first one's backward, hooks, a cache, distributed training. The memory the graphs hold comes out
 of the same budget; the policy in `checkpointing` decides whether there is enough.
 """
 
@@ -27,7 +29,7 @@ from gemma_accel.patches.projections import as_projection
 __all__ = ["StackGraphs"]
 
 STEADY = 3  # steps of one shape, one after the other, before it is worth capturing
-CAPTURES = 4  # in a run whose shapes keep changing, capturing again and again would cost more than it saves
+CAPTURES = 4  # where shapes keep changing, capturing them all would cost more than it saves
 
 
 class _Token:
@@ -37,7 +39,9 @@ class _Token:
 class _Captured:
     """One shape's graphs and the fixed tensors they read and write."""
 
-    def __init__(self, graphs: StackGraphs, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> None:
+    def __init__(
+        self, graphs: StackGraphs, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]
+    ) -> None:
         self.parameters = [p for p in text.layers.parameters() if p.requires_grad] + [
             p
             for name in ("per_layer_model_projection", "per_layer_projection_norm")
@@ -57,7 +61,8 @@ class _Captured:
         def backward(out: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(out, wanted, grad, allow_unused=True)
 
-        # once on a stream of its own, as capturing wants it: libraries make their handles and workspaces
+        # once on a stream of its own, as capturing wants it: libraries make their handles and
+        # workspaces
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -76,13 +81,19 @@ class _Captured:
         with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
             grads = backward(out, self.grad_out)
             of_parameters = grads[: len(self.parameters)]
-            self.shapes = [p.shape if g is not None else None for p, g in zip(self.parameters, of_parameters, strict=True)]
-            # one buffer a dtype for all gradients: what leaves the graph is one copy of it, not hundreds
+            self.shapes = [
+                p.shape if g is not None else None
+                for p, g in zip(self.parameters, of_parameters, strict=True)
+            ]
+            # one buffer a dtype for all gradients: what leaves the graph is one copy of it, not
+            # hundreds
             self.flat = {}
             for dtype in {g.dtype for g in of_parameters if g is not None}:
                 several = [g for g in of_parameters if g is not None and g.dtype is dtype]
                 flat = torch.empty(sum(g.numel() for g in several), dtype=dtype, device=device)
-                torch._foreach_copy_(list(flat.split([g.numel() for g in several])), [g.reshape(-1) for g in several])
+                torch._foreach_copy_(
+                    list(flat.split([g.numel() for g in several])), [g.reshape(-1) for g in several]
+                )
                 self.flat[dtype] = flat
         self.grad_hidden = grads[-1] if hidden.requires_grad else None
         self.out = out.detach()
@@ -106,7 +117,9 @@ class _Captured:
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, captured: _Captured, hidden: Tensor, rest: tuple[Tensor | None, ...], *_: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, captured: _Captured, hidden: Tensor, rest: tuple[Tensor | None, ...], *_: Tensor
+    ) -> Tensor:
         captured.hidden.detach().copy_(hidden)
         for fixed, given in zip(captured.rest, rest, strict=True):
             if fixed is not None:
@@ -122,7 +135,8 @@ class _Replay(torch.autograd.Function):
         captured = ctx.captured
         if captured.waiting is None or captured.waiting() is not ctx.token:
             raise RuntimeError(
-                "gemma_accel: a second backward through one forward of the decoder stack. The first one's intermediates are gone; run the "
+                "gemma_accel: a second backward through one forward of the decoder stack. The "
+                "first one's intermediates are gone; run the "
                 "forward again, or turn graphs off with apply(patches=[...]) without 'cuda_graphs'."
             )
         captured.grad_out.copy_(grad)
@@ -147,8 +161,12 @@ class StackGraphs:
     def __deepcopy__(self, memo: Any) -> None:
         return None
 
-    def serve(self, layer: Any, hidden: Tensor, per_layer_input: Any = None, **kwargs: Any) -> Tensor | None:
-        """The whole stack's output at its first layer, that same tensor at the others; None where the layer has to run itself."""
+    def serve(
+        self, layer: Any, hidden: Tensor, per_layer_input: Any = None, **kwargs: Any
+    ) -> Tensor | None:
+        """The whole stack's output at its first layer, that same tensor at the others; None where
+        the layer has to run itself.
+        """
         if self._inside:
             return None
         if layer.layer_idx:
@@ -189,11 +207,18 @@ class StackGraphs:
     def _inputs(
         self, text: Any, hidden: Tensor, per_layer_input: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, ...] | None:
-        """Token ids, mask and positions that the layers read; None where a forward is not one that graphs serve."""
+        """Token ids, mask and positions that the layers read; None where a forward is not one that
+        graphs serve.
+        """
         mask = kwargs.get("attention_mask")
-        if kwargs.get("past_key_values") is not None or (mask is not None and mask.dtype != torch.int32):
+        if kwargs.get("past_key_values") is not None or (
+            mask is not None and mask.dtype != torch.int32
+        ):
             return None
-        if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states", "return_shared_kv_states")):
+        if any(
+            kwargs.get(name)
+            for name in ("output_attentions", "output_hidden_states", "return_shared_kv_states")
+        ):
             return None
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             return None  # activations are being offloaded by somebody
@@ -210,29 +235,41 @@ class StackGraphs:
         """Everything that a captured graph took for granted."""
         shapes = tuple(None if t is None else (t.shape, t.dtype) for t in rest)
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        linears = []
-        for layer in text.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            for linear in (
-                attention.q_proj, getattr(attention, "k_proj", None), getattr(attention, "v_proj", None), attention.o_proj,
-                mlp.gate_proj, mlp.up_proj, mlp.down_proj,
-                getattr(layer, "per_layer_input_gate", None), getattr(layer, "per_layer_projection", None),
-            ):  # fmt: skip
-                linears.append(None if linear is None else _identity(linear))
+        linears = [
+            None if (linear := getattr(owner, name, None)) is None else _identity(linear)
+            for layer in text.layers
+            for owner, names in (
+                (layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
+                (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
+                (layer, ("per_layer_input_gate", "per_layer_projection")),
+            )
+            for name in names
+        ]
         checkpointing = tuple(layer.gradient_checkpointing for layer in text.layers)
-        return hidden.shape, hidden.dtype, hidden.requires_grad, shapes, autocast, tuple(linears), checkpointing
+        return (
+            hidden.shape,
+            hidden.dtype,
+            hidden.requires_grad,
+            shapes,
+            autocast,
+            tuple(linears),
+            checkpointing,
+        )
 
     def _capture(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> bool:
         if self._captures >= CAPTURES:
             self.off = f"the batches' shape changed {CAPTURES} times"
             return False
-        if any(isinstance(linear, str) for linear in self._key[5]) or any(_has_hooks(layer) for layer in text.layers):
+        if any(isinstance(linear, str) for linear in self._key[5]) or any(
+            _has_hooks(layer) for layer in text.layers
+        ):
             self.off = "a layer is watched by a hook, or is not read by the fused step"
             return False
         self._captures += 1
         self._inside = True
         enabled, dtype = self._key[4]
-        # what the collector would free in the middle of a capture (another model's locked memory) may not be freed there
+        # what the collector would free in the middle of a capture (another model's locked memory)
+        # may not be freed there
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()
@@ -252,12 +289,21 @@ class StackGraphs:
         return self._captured is not None
 
     def eager(
-        self, text: Any, hidden: Tensor, ids: Tensor | None, mask: Tensor | None, position_ids: Tensor | None
+        self,
+        text: Any,
+        hidden: Tensor,
+        ids: Tensor | None,
+        mask: Tensor | None,
+        position_ids: Tensor | None,
     ) -> Tensor:
-        """The layers one after the other, on what they would be handed by the text model's forward."""
+        """The layers one after the other, on what they would be handed by the text model's
+        forward.
+        """
         if position_ids is None:
             position_ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        positions = {kind: text.rotary_emb(hidden, position_ids, kind) for kind in text.unique_layer_types}
+        positions = {
+            kind: text.rotary_emb(hidden, position_ids, kind) for kind in text.unique_layer_types
+        }
         inputs = None
         if ids is not None:
             made: Any = text.get_per_layer_inputs(ids, None)
@@ -278,7 +324,9 @@ class StackGraphs:
 
 
 def _identity(linear: nn.Module) -> Any:
-    """Addresses and scaling of what a linear layer computes with now, or the reason why the fused step does not read it."""
+    """Addresses and scaling of what a linear layer computes with now, or the reason why the fused
+    step does not read it.
+    """
     projection = as_projection(linear)
     if isinstance(projection, str):
         return projection
@@ -291,4 +339,6 @@ def _identity(linear: nn.Module) -> Any:
 
 
 def _has_hooks(layer: nn.Module) -> bool:
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules())
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules()
+    )

@@ -1,8 +1,10 @@
 """A training forward with labels never builds [tokens, 262144] logits, whatever trainer runs it.
 
-TRL's own trainers ask TRL's chunked head for the loss. Plain `Trainer`, and a loop of one's own, call the model with labels and get full logits
-with a float32 copy: 7 GiB per 2,048 tokens. This hands those calls to the same TRL head. Evaluation, generation, calls without labels or
-with options that need more than the loss run stock's forward; and who reads ``outputs.logits`` after all gets them, computed when read.
+TRL's own trainers ask TRL's chunked head for the loss. Plain `Trainer`, and a loop of one's own,
+call the model with labels and get full logits with a float32 copy: 7 GiB per 2,048 tokens. This
+hands those calls to the same TRL head. Evaluation, generation, calls without labels or with options
+that need more than the loss run stock's forward; and who reads ``outputs.logits`` after all gets
+them, computed when read.
 """
 
 from __future__ import annotations
@@ -25,12 +27,21 @@ from gemma_accel.patches.seams import Undoing
 __all__ = ["FULL_LOGITS", "lm_head_patch"]
 
 FULL_LOGITS = "_gemma_accel_full_logits"
-"""Set on the model where a trainer's own loss reads the logits: then they are computed as stock does."""
+"""Set on the model where a trainer's own loss reads the logits: then they are computed as stock
+does.
+"""
 
 _INNER, _FUSED = "_gemma_accel_inner_forward", "_gemma_accel_fused_head"
 
 # arguments whose answer needs stock's forward
-_NEEDS_STOCK = ("logits_to_keep", "output_hidden_states", "output_attentions", "output_router_logits", "return_dict", "past_key_values")
+_NEEDS_STOCK = (
+    "logits_to_keep",
+    "output_hidden_states",
+    "output_attentions",
+    "output_router_logits",
+    "return_dict",
+    "past_key_values",
+)
 
 
 class _LossOutput(Gemma4CausalLMOutputWithPast):
@@ -58,7 +69,12 @@ def _serves(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if not (model.training and torch.is_grad_enabled()) or getattr(model, FULL_LOGITS, False):
         return False
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
-    if labels is None or ids is None or len(args) > 1 or any(kwargs.get(name) for name in _NEEDS_STOCK):
+    if (
+        labels is None
+        or ids is None
+        or len(args) > 1
+        or any(kwargs.get(name) for name in _NEEDS_STOCK)
+    ):
         return False
     if "shift_labels" in kwargs or "fused_lm_head" in kwargs:
         return False
@@ -77,7 +93,9 @@ def _head_runs_on(device: str) -> bool:
 
 @functools.cache
 def _forward_of(kind: type) -> Any:
-    """The forward for one model class, with the class's own signature, which `generate` and the data collation read."""
+    """The forward for one model class, with the class's own signature, which `generate` and the
+    data collation read.
+    """
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +110,9 @@ def _forward_of(kind: type) -> Any:
 
 
 def _fused(model: Any) -> Any:
-    """TRL's fused forward for ``model``, made once; TRL binds it to the instance, from where it is taken off again."""
+    """TRL's fused forward for ``model``, made once; TRL binds it to the instance, from where it is
+    taken off again.
+    """
     made = vars(model).get(_FUSED)
     if made is None:
         from trl.trainer.utils import add_fused_lm_head
@@ -117,7 +137,11 @@ class LMHeadPatch(Patch):
 
     def why_not(self, module: nn.Module) -> str | None:
         bound = vars(module).get("forward")
-        if bound is not None and getattr(bound, "__module__", "").split(".")[0] not in ("trl", "gemma_accel", "transformers"):
+        if bound is not None and getattr(bound, "__module__", "").split(".")[0] not in (
+            "trl",
+            "gemma_accel",
+            "transformers",
+        ):
             return "another library bound its own forward to the model"
         return None
 
@@ -125,14 +149,14 @@ class LMHeadPatch(Patch):
         before = vars(module).get("forward")
         if before is not None:
             setattr(module, _INNER, before)
-        setattr(module, "forward", types.MethodType(_forward_of(type(module)), module))
+        module.forward = types.MethodType(_forward_of(type(module)), module)
         ours = vars(module)["forward"]
 
         def run() -> None:
             for name in (_INNER, _FUSED, FULL_LOGITS):
                 vars(module).pop(name, None)
             if vars(module).get("forward") != ours:
-                return  # TRL or accelerate put its own in front since; it hands on to stock's class all the same
+                return  # TRL or accelerate put its own in front since, which ends in stock's class
             if before is None:
                 del module.forward
             else:

@@ -1,7 +1,9 @@
-"""LoRA on NF4 or dense weights as one autograd step a group: the projections' seam of the fused attention, MLP and decoder layer.
+"""LoRA on NF4 or dense weights as one autograd step a group: the projections' seam of the fused
+attention, MLP and decoder layer.
 
-PEFT runs base, A, B, scale and add as launches of their own and keeps their inputs. What a layer's linears really compute is read from them at
-call time (`projections`); a group that cannot be read runs module by module as stock does, and `stepped_aside` gives the reason for the report.
+PEFT runs base, A, B, scale and add as launches of their own and keeps their inputs. What a layer's
+linears really compute is read from them at call time (`projections`); a group that cannot be read
+runs module by module as stock does, and `stepped_aside` gives the reason for the report.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ __all__ = ["FusedProjector", "lora_patch", "stepped_aside"]
 
 
 class FusedProjector(Projector):
-    """Runs linear layers as one step where all of them can be read, else each by its own forward."""
+    """Runs linear layers as one step where all of them can be read, else each by its own
+    forward.
+    """
 
     def __call__(self, x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
         return project_modules(x, *linears)
@@ -70,7 +74,9 @@ lora_patch = LoraPatch()
 
 
 def stepped_aside(base: nn.Module) -> Iterator[tuple[str, str]]:
-    """Paths of linear layers that the fused step would call as they are now, each with the reason."""
+    """Paths of linear layers that the fused step would call as they are now, each with the
+    reason.
+    """
     for path, module in base.named_modules():
         if isinstance(vars(module).get("project"), FusedProjector):
             group = _group(module)

@@ -1,7 +1,7 @@
 """Gemma4RMSNorm on one kernel, wherever it stands alone: text, vision tower, multimodal embedders.
 
-Where a norm stands beside a residual or a rotation, the decoder-layer and attention patches take its weight instead and this
-class's forward does not run.
+Where a norm stands beside a residual or a rotation, the decoder-layer and attention patches take
+its weight instead and this class's forward does not run.
 """
 
 from __future__ import annotations

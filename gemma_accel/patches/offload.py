@@ -1,7 +1,8 @@
 """A checkpointed layer's input, kept in host memory from its forward to its backward.
 
-Transformers' own offload (5.23) copies on the compute stream, so the step waits for every copy. Here copies run on a stream of their own: out
-while the layer computes, back in while the layer above it is still in backward.
+Transformers' own offload (5.23) copies on the compute stream, so the step waits for every copy.
+Here copies run on a stream of their own: out while the layer computes, back in while the layer
+above it is still in backward.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ __all__ = ["OffloadedInputs"]
 
 
 class _Slot:
-    """One input that is away: its bytes in host memory and, once asked for, its copy on the device."""
+    """One input that is away: its bytes in host memory and, once asked for, its copy on the
+    device.
+    """
 
     def __init__(self, owner: OffloadedInputs, tensor: Tensor, below: _Slot | None) -> None:
         self.owner, self.below = owner, below
@@ -31,7 +34,9 @@ class _Slot:
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             self._view().copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # its memory is not handed out again before the copy is through
+        tensor.record_stream(
+            stream
+        )  # its memory is not handed out again before the copy is through
 
     def _view(self) -> Tensor:
         assert self.host is not None
@@ -43,12 +48,16 @@ class _Slot:
             return
         self.copy = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         stream = self.owner.stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))  # the new tensor's memory may still be in use there
+        stream.wait_stream(
+            torch.cuda.current_stream(self.device)
+        )  # the new tensor's memory may still be in use there
         with torch.cuda.stream(stream):
             self.copy.copy_(self._view(), non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record(stream)
-        self.owner.give(self.host)  # the next write into it runs on the same stream, after this read
+        self.owner.give(
+            self.host
+        )  # the next write into it runs on the same stream, after this read
         self.host = None
 
     def tensor(self) -> Tensor:
@@ -85,14 +94,25 @@ class OffloadedInputs:
         self._free[host.nbytes].append(host)
 
     def run(
-        self, stock: Callable[..., Any], forward: Callable[..., Any], hidden: Tensor, *rest: Any, first: bool
+        self,
+        stock: Callable[..., Any],
+        forward: Callable[..., Any],
+        hidden: Tensor,
+        *rest: Any,
+        first: bool,
     ) -> Any:
-        """``stock(forward, hidden, *rest)``, a non-reentrant checkpoint, with ``hidden`` away until backward. ``first``: layer 0."""
+        """``stock(forward, hidden, *rest)``, a non-reentrant checkpoint, with ``hidden`` away until
+        backward. ``first``: layer 0.
+        """
         if first:
             self._last = None
 
         def pack(tensor: Tensor) -> Any:
-            if tensor.data_ptr() != hidden.data_ptr() or not tensor.is_cuda or not tensor.is_contiguous():
+            if (
+                tensor.data_ptr() != hidden.data_ptr()
+                or not tensor.is_cuda
+                or not tensor.is_contiguous()
+            ):
                 return tensor
             self._last = _Slot(self, tensor, self._last)
             return self._last

@@ -1,13 +1,16 @@
-"""Per-layer embeddings (PLE): the table off the GPU, and each layer fetching its own part when it runs.
+"""Per-layer embeddings (PLE): the table off the GPU, and each layer fetching its own part when it
+runs.
 
-Stock looks up ``[tokens, layers * 256]`` rows at once, projects the context to the same shape, norms it in float32, adds and scales:
-three tensors of that size live at a time, and a table of 4.4 GiB (E2B) sits in GPU memory for 17.5 KiB a token. Here the text model
-hands its layers a `LayerInput` that knows the token ids and the embeddings. A layer gathers its own 256 columns of the rows, straight
-from host memory where the table lives there, projects with its own 256 rows of ``per_layer_model_projection``, and does norm, sum, gate and
-product in one kernel. No tensor with a layer axis exists.
+Stock looks up ``[tokens, layers * 256]`` rows at once, projects the context to the same shape,
+norms it in float32, adds and scales: three tensors of that size live at a time, and a table of 4.4
+GiB (E2B) sits in GPU memory for 17.5 KiB a token. Here the text model hands its layers a
+`LayerInput` that knows the token ids and the embeddings. A layer gathers its own 256 columns of the
+rows, straight from host memory where the table lives there, projects with its own 256 rows of
+``per_layer_model_projection``, and does norm, sum, gate and product in one kernel. No tensor with a
+layer axis exists.
 
-The table leaves the GPU only where it cannot be trained, which is known once a Trainer is built or PEFT has wrapped the model:
-`settle_table` is called at that moment.
+The table leaves the GPU only where it cannot be trained, which is known once a Trainer is built or
+PEFT has wrapped the model: `settle_table` is called at that moment.
 """
 
 from __future__ import annotations
@@ -42,8 +45,9 @@ __all__ = [
 class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
     """The PLE table, kept in host memory whatever device the model is on.
 
-    ``weight`` is an ordinary CPU Parameter (of the checkpoint's own pages, where it was loaded from a file), so freezing by name,
-    ``state_dict`` and ``save_pretrained`` find it where they expect it. Only `.to()` passes it by.
+    ``weight`` is an ordinary CPU Parameter (of the checkpoint's own pages, where it was loaded from
+    a file), so freezing by name, ``state_dict`` and ``save_pretrained`` find it where they expect
+    it. Only `.to()` passes it by.
     """
 
     host: HostTable | None = None  # None while a checkpoint is being loaded
@@ -64,23 +68,29 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
         """The rows of ``ids``; their columns are read when a layer asks."""
         weight = self.weight
         if (weight.data_ptr(), weight._version) != self._bound:
-            # somebody wrote into the parameter or gave it other data (a resized vocabulary, a strict load): that is the table now
+            # somebody wrote into the parameter or gave it other data (a resized vocabulary, a
+            # strict load): that is the table now
             self.host.close()
             self.bind(weight.detach(), requires_grad=weight.requires_grad)
         if weight.requires_grad and self.training and torch.is_grad_enabled():
             raise RuntimeError(
-                "the per-layer embedding table would be trained, but it was left in the checkpoint file, where it has no "
-                "gradient. Train through transformers.Trainer or a TRL trainer (they bring it back before the optimizer exists), or "
+                "the per-layer embedding table would be trained, but it was left in the "
+                "checkpoint file, where it has no "
+                "gradient. Train through transformers.Trainer or a TRL trainer (they bring it "
+                "back before the optimizer exists), or "
                 "freeze it: model.get_per_layer_input_embeddings().requires_grad_(False)."
             )
         return self.host.fetch(ids)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = self.fetch(input_ids).columns(0, self.embedding_dim)
-        return rows.to(self._output_dtype) * self.embed_scale.to(input_ids.device, self._output_dtype)
+        return rows.to(self._output_dtype) * self.embed_scale.to(
+            input_ids.device, self._output_dtype
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> HostPerLayerEmbedding:
-        # `.to(device)` leaves the table where it is; `.half()` and `.to(dtype)` change what comes out of it
+        # `.to(device)` leaves the table where it is; `.half()` and `.to(dtype)` change what comes
+        # out of it
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = fn(buffer)
@@ -102,8 +112,12 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
             same = given.data_ptr() == self.weight.data_ptr()
             if not same:
                 self.host.close()
-                self.bind(given.detach().to("cpu", copy=True), requires_grad=self.weight.requires_grad)
-            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
+                self.bind(
+                    given.detach().to("cpu", copy=True), requires_grad=self.weight.requires_grad
+                )
+            state_dict = {
+                key: value for key, value in state_dict.items() if key != prefix + "weight"
+            }
             state_dict[prefix + "weight"] = self.weight
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -145,7 +159,9 @@ class LayerInput:
         )
 
     def graph_ids(self) -> Tensor | None:
-        """The token ids, where the input can be made again from them and the embeddings alone, on the device."""
+        """The token ids, where the input can be made again from them and the embeddings alone, on
+        the device.
+        """
         rows, table = self._inputs._rows, self._inputs.model.embed_tokens_per_layer
         if not isinstance(rows, Rows) or self._inputs._whole_projection is not None:
             return None
@@ -164,7 +180,9 @@ class LayerInput:
 
 
 class PerLayerInputs:
-    """Stands where stock has ``[B, T, layers, P]``: indexed the same way, it gives a layer its `LayerInput`."""
+    """Stands where stock has ``[B, T, layers, P]``: indexed the same way, it gives a layer its
+    `LayerInput`.
+    """
 
     def __init__(
         self,
@@ -175,7 +193,9 @@ class PerLayerInputs:
     ) -> None:
         self.model, self._rows, self.rows_scale, self._embeds = model, rows, rows_scale, embeds
         self.width = model.hidden_size_per_layer_input
-        self._whole_projection: Tensor | None = None  # where its rows cannot be had a layer at a time
+        self._whole_projection: Tensor | None = (
+            None  # where its rows cannot be had a layer at a time
+        )
 
     def with_embeds(self, embeds: Tensor) -> PerLayerInputs:
         inputs = PerLayerInputs(self.model, self._rows, self.rows_scale, embeds)
@@ -190,7 +210,8 @@ class PerLayerInputs:
             item = LayerInput(self, layer)
             fused = getattr(type(self.model.layers[layer]), "stock", None) is Gemma4TextDecoderLayer
             return item if fused else item.tensor()
-        # stock 5.23 drops the tokens that `logits_to_keep` does not ask for: the same slice of what the layers will read
+        # stock 5.23 drops the tokens that `logits_to_keep` does not ask for: the same slice of what
+        # the layers will read
         sliced = PerLayerInputs(self.model, self._rows[batch, tokens], self.rows_scale)
         for name in ("_embeds", "_whole_projection"):
             if (tensor := getattr(self, name)) is not None:
@@ -208,7 +229,9 @@ class PerLayerInputs:
         if self._whole_projection is not None:
             return self._whole_projection[..., start : start + width]
         assert self._embeds is not None
-        return project_rows(self.model.per_layer_model_projection, self._embeds, start, start + width)
+        return project_rows(
+            self.model.per_layer_model_projection, self._embeds, start, start + width
+        )
 
 
 class _ResidentRows(Rows):
@@ -225,9 +248,13 @@ class _ResidentRows(Rows):
 
 
 class FusedGemma4TextModel(Fused, Gemma4TextModel):
-    """Hands its layers what they need to make their own per-layer inputs. Its forward is stock's."""
+    """Hands its layers what they need to make their own per-layer inputs. Its forward is
+    stock's.
+    """
 
-    def get_per_layer_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None) -> Any:
+    def get_per_layer_inputs(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
+    ) -> Any:
         table = self.embed_tokens_per_layer
         if input_ids is None or not isinstance(self.per_layer_projection_norm, Gemma4RMSNorm):
             return super().get_per_layer_inputs(input_ids, inputs_embeds)
@@ -236,9 +263,12 @@ class FusedGemma4TextModel(Fused, Gemma4TextModel):
         if type(table) is not Gemma4TextScaledWordEmbedding or (
             table.weight.requires_grad and torch.is_grad_enabled()
         ):
-            # trained, or wrapped by PEFT: its own forward, whole rows, with a gradient; they come scaled
+            # trained, or wrapped by PEFT: its own forward, whole rows, with a gradient; they come
+            # scaled
             return PerLayerInputs(self, table(input_ids), 1.0)
-        return PerLayerInputs(self, _ResidentRows(table.weight, input_ids), table.scalar_embed_scale)
+        return PerLayerInputs(
+            self, _ResidentRows(table.weight, input_ids), table.scalar_embed_scale
+        )
 
     def project_per_layer_inputs(self, inputs_embeds: Tensor, per_layer_inputs: Any = None) -> Any:
         if isinstance(per_layer_inputs, PerLayerInputs):
@@ -256,9 +286,11 @@ per_layer_patch = ClassSwap("per_layer_embeddings", "text", FusedGemma4TextModel
 
 
 def settle_table(model: Gemma4TextModel, device: torch.device) -> str:
-    """Put the table where it belongs, now that it is known whether it is trained; returns what was done, for the report.
+    """Put the table where it belongs, now that it is known whether it is trained; returns what was
+    done, for the report.
 
-    Trained: a stock Parameter on the embedding's device. Frozen: host memory, if ``device`` is a GPU.
+    Trained: a stock Parameter on the embedding's device. Frozen: host memory, if ``device`` is a
+    GPU.
     """
     table = model.embed_tokens_per_layer
     wrapped = getattr(table, "modules_to_save", None)
@@ -270,11 +302,17 @@ def settle_table(model: Gemma4TextModel, device: torch.device) -> str:
     if trained:
         return f"trained: a Parameter on {trained[0].weight.device}"
     original = getattr(table, "original_module", table)
-    if device.type == "cuda" and type(original) is Gemma4TextScaledWordEmbedding and wrapped is None:
+    if (
+        device.type == "cuda"
+        and type(original) is Gemma4TextScaledWordEmbedding
+        and wrapped is None
+    ):
         _send_away(original)
     if isinstance(original, HostPerLayerEmbedding):
         original.host.prepare(device)
-        where = "the checkpoint file" if isinstance(original.host.source, FileSlice) else "host memory"
+        where = (
+            "the checkpoint file" if isinstance(original.host.source, FileSlice) else "host memory"
+        )
         if device.type != "cuda":
             return f"frozen: read from {where}"
         return f"frozen: in {where}, way {original.host.way!r} ({original.host.why})"

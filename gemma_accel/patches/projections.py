@@ -1,7 +1,9 @@
-"""Linear layers as PEFT and bitsandbytes left them, seen as one autograd step over what they really compute.
+"""Linear layers as PEFT and bitsandbytes left them, seen as one autograd step over what they really
+compute.
 
-Everything is read at call time, so it does not matter whether PEFT wraps before or after `apply`, and adapters may be switched,
-disabled or merged between steps. What the fused step does not cover comes back as the reason.
+Everything is read at call time, so it does not matter whether PEFT wraps before or after `apply`,
+and adapters may be switched, disabled or merged between steps. What the fused step does not cover
+comes back as the reason.
 """
 
 from __future__ import annotations
@@ -91,7 +93,11 @@ def _base(linear: nn.Module, x: Tensor | None) -> tuple[Any, Any] | str:
         if refusal := nf4_refusal(linear.weight):
             return refusal
         computes = linear.compute_dtype if linear.compute_type_is_set else None
-        if x is not None and computes not in (None, x.dtype) and not torch.is_autocast_enabled(x.device.type):
+        if (
+            x is not None
+            and computes not in (None, x.dtype)
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
             return f"bnb_4bit_compute_dtype is {computes}, the layer's input {x.dtype}"
         return nf4_weight(linear.weight), linear.bias
     return f"{type(linear).__name__} is quantised in a way the fused step does not read"

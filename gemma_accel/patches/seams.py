@@ -1,4 +1,6 @@
-"""The two ways in which a patch sits in a module, each with its way back: another class, or an attribute of the instance."""
+"""The two ways in which a patch sits in a module, each with its way back: another class, or an
+attribute of the instance.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,9 @@ class Undoing:
 class Fused:
     """Mixin of every class that stands in for a stock one.
 
-    It bears the stock class's name: sharding, device maps, output recorders and `save_pretrained` go by it. It pickles as the stock
-    class, so a pickled model loads where this package is absent; a deep copy stays what it is.
+    It bears the stock class's name: sharding, device maps, output recorders and `save_pretrained`
+    go by it. It pickles as the stock class, so a pickled model loads where this package is absent;
+    a deep copy stays what it is.
     """
 
     stock: ClassVar[type[nn.Module]]
@@ -38,7 +41,9 @@ class Fused:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.stock = next(
-            base for base in cls.__mro__[1:] if issubclass(base, nn.Module) and not issubclass(base, Fused)
+            base
+            for base in cls.__mro__[1:]
+            if issubclass(base, nn.Module) and not issubclass(base, Fused)
         )
         for name in ("__name__", "__qualname__", "__module__"):
             setattr(cls, name, getattr(cls.stock, name))
@@ -59,7 +64,9 @@ def _new(cls: type, *arguments: Any) -> Any:
 
 
 def swap_class(module: nn.Module, fused: type[Fused]) -> Undoing:
-    """Give ``module`` the fused class (again, where it already has it) and return the undo to the stock one."""
+    """Give ``module`` the fused class (again, where it already has it) and return the undo to the
+    stock one.
+    """
     stock = fused.stock
     if type(module) not in (stock, fused):
         raise TypeError(f"swap_class: expected a {stock.__name__}, got {type(module)!r}")
@@ -84,7 +91,9 @@ _MISSING = object()
 
 
 def set_attribute(owner: Any, name: str, value: Any) -> Undoing:
-    """Set an attribute of an instance and return the undo, which also knows how to leave it unset."""
+    """Set an attribute of an instance and return the undo, which also knows how to leave it
+    unset.
+    """
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, value)
 

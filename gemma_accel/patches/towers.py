@@ -1,7 +1,8 @@
 """Towers that a run does not use need not sit in GPU memory.
 
-A text-only run's vision and audio towers (0.25 GiB in NF4, 0.9 in bf16) move to the CPU when the Trainer is built. They stay part of
-the model: saved with it, found by name. If an image or a sound does arrive, the tower moves to its input and runs as ever.
+A text-only run's vision and audio towers (0.25 GiB in NF4, 0.9 in bf16) move to the CPU when the
+Trainer is built. They stay part of the model: saved with it, found by name. If an image or a sound
+does arrive, the tower moves to its input and runs as ever.
 """
 
 from __future__ import annotations
@@ -15,7 +16,17 @@ __all__ = ["settle_towers"]
 
 _TOWERS = ("vision_tower", "embed_vision", "audio_tower", "embed_audio")
 _MEDIA_COLUMNS = frozenset(
-    "image images pixel_values video videos pixel_values_videos audio audios input_features".split()
+    [
+        "image",
+        "images",
+        "pixel_values",
+        "video",
+        "videos",
+        "pixel_values_videos",
+        "audio",
+        "audios",
+        "input_features",
+    ]
 )
 
 
@@ -45,7 +56,11 @@ def _media_in(trainer: Any, dataset: Any) -> str | None:
     if getattr(trainer, "_is_vision_dataset", False):
         return "images"
     columns = getattr(dataset, "column_names", None)
-    if columns is None and isinstance(dataset, torch.utils.data.Dataset) and hasattr(dataset, "__getitem__"):
+    if (
+        columns is None
+        and isinstance(dataset, torch.utils.data.Dataset)
+        and hasattr(dataset, "__getitem__")
+    ):
         try:
             columns = list(dataset[0])
         except Exception:

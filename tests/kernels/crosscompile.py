@@ -1,8 +1,9 @@
 """Compiles shipped kernel configurations for every card we promise, without a card.
 
-A test module lists what its op launches in ``cross_compile_cases()``; ``check(module)`` compiles those in a child process
-(kernels are decided to be interpreted or compiled when they are defined, and this process interprets) and returns what
-ptxas and the cubin say of each. Run by hand for a table: ``python -m tests.kernels.crosscompile tests.kernels.test_rms_norm``.
+A test module lists what its op launches in ``cross_compile_cases()``; ``check(module)`` compiles
+those in a child process (kernels are decided to be interpreted or compiled when they are defined,
+and this process interprets) and returns what ptxas and the cubin say of each. Run by hand for a
+table: ``python -m tests.kernels.crosscompile tests.kernels.test_rms_norm``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Shared memory a block may take, KiB: CUDA C++ Programming Guide, table "Technical specifications per compute capability".
+# Shared memory a block may take, KiB: CUDA C++ Programming Guide, table "Technical specifications
+# per compute capability".
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 
 
@@ -26,9 +28,10 @@ SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 class Case:
     """One kernel as its launcher launches it.
 
-    ``signature`` maps each non-constexpr argument to its Triton type (``"*bf16"``, ``"i32"``, ``"fp32"``); ``constants`` holds the
-    constexpr arguments; ``aligned`` the arguments that are divisible by 16 at run time (Triton specialises on it; pointers
-    from the allocator always are). ``capabilities`` limits a configuration to the cards that choose it.
+    ``signature`` maps each non-constexpr argument to its Triton type (``"*bf16"``, ``"i32"``,
+    ``"fp32"``); ``constants`` holds the constexpr arguments; ``aligned`` the arguments that are
+    divisible by 16 at run time (Triton specialises on it; pointers from the allocator always are).
+    ``capabilities`` limits a configuration to the cards that choose it.
     """
 
     name: str
@@ -63,7 +66,8 @@ def compile_case(case: Case, capability: int) -> Resources:
     names = case.kernel.arg_names
     pointers = tuple(n for n, t in case.signature.items() if t.startswith("*"))
     attrs = {
-        (names.index(n),): [["tt.divisibility", 16]] for n in dict.fromkeys((*pointers, *case.aligned))
+        (names.index(n),): [["tt.divisibility", 16]]
+        for n in dict.fromkeys((*pointers, *case.aligned))
     }
     signature = {n: case.signature.get(n, "constexpr") for n in names}
     constants = {(names.index(n),): v for n, v in case.constants.items()}
@@ -75,7 +79,9 @@ def compile_case(case: Case, capability: int) -> Resources:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of local memory (spills and stack) from the cubin's own resource table."""
+    """Registers a thread and bytes of local memory (spills and stack) from the cubin's own resource
+    table.
+    """
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -91,7 +97,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def check(module: str, *, jobs: int = 2) -> list[Resources]:
-    """Every case of ``module.cross_compile_cases()`` on every card it names, compiled in a child process."""
+    """Every case of ``module.cross_compile_cases()`` on every card it names, compiled in a child
+    process.
+    """
     child = subprocess.run(
         [sys.executable, "-m", __name__, module, "--json", "--jobs", str(jobs)],
         env={**os.environ, "TRITON_INTERPRET": "0"},
@@ -123,7 +131,8 @@ def main(argv: list[str]) -> None:
         limit = SHARED_KIB[row.capability]
         print(
             f"{row.name:48} sm_{row.capability:<4} {row.shared_bytes / 1024:6.1f} of {limit} KiB  "
-            f"{row.registers:3} registers  {row.spill_bytes} B spilled{'' if row.fits else '  DOES NOT FIT'}"
+            f"{row.registers:3} registers  {row.spill_bytes} B "
+            f"spilled{'' if row.fits else '  DOES NOT FIT'}"
         )
 
 

@@ -25,7 +25,11 @@ def inputs(dtype, device, tokens=13, trained=False):
         return (torch.randn(shape, generator=g) * scale).to(device, dtype).requires_grad_(grad)
 
     x = make(2, tokens, D)
-    weights = [make(WIDTH, D, scale=0.2, grad=trained), make(WIDTH, D, scale=0.2, grad=trained), make(D, WIDTH, scale=0.2, grad=trained)]
+    weights = [
+        make(WIDTH, D, scale=0.2, grad=trained),
+        make(WIDTH, D, scale=0.2, grad=trained),
+        make(D, WIDTH, scale=0.2, grad=trained),
+    ]
     adapters = [(make(R, w.shape[1], scale=0.2), make(w.shape[0], R, scale=0.2)) for w in weights]
     dy = make(2, tokens, D, grad=False)
     return x, weights, adapters, dy
@@ -44,7 +48,9 @@ def stock(x, weights, adapters):
 
 
 def ours(x, weights, adapters, **how):
-    projections = [Projection(w, None, a, b, 0.5) for w, (a, b) in zip(weights, adapters, strict=True)]
+    projections = [
+        Projection(w, None, a, b, 0.5) for w, (a, b) in zip(weights, adapters, strict=True)
+    ]
     return gated_mlp(x, *projections, **how)
 
 
@@ -59,7 +65,12 @@ def widened(made, dtype):
     def wide(t):
         return t.detach().to(dtype).requires_grad_(t.requires_grad)
 
-    return wide(x), [wide(w) for w in weights], [tuple(map(wide, pair)) for pair in adapters], wide(dy)
+    return (
+        wide(x),
+        [wide(w) for w in weights],
+        [tuple(map(wide, pair)) for pair in adapters],
+        wide(dy),
+    )
 
 
 @pytest.mark.parametrize(("keep", "tile"), KEEPS)
@@ -70,7 +81,9 @@ def test_no_less_accurate_than_stock(device, dtype, keep, tile, trained, poisone
     truth = run(stock, *widened(made, torch.float64), trained=trained)
     expected = run(stock, *made, trained=trained)
     got = run(lambda *a: ours(*a, keep=keep, tile=tile), *made, trained=trained)
-    for name, a, b, t in zip(["y", *NAMES, "gate", "up", "down"], got, expected, truth, strict=False):
+    for name, a, b, t in zip(
+        ["y", *NAMES, "gate", "up", "down"], got, expected, truth, strict=False
+    ):
         assert_no_less_accurate(a, b, t, what=name, reduced=WIDTH)
 
 
@@ -85,7 +98,9 @@ def test_keeping_or_not_gives_the_same_bits(device):
 def test_keeps_what_it_says(device, keep, tile):
     made = inputs(torch.float32, device)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         ours(*made[:3], keep=keep, tile=tile)
     tokens = 26
     wide = [n for n in kept if n % WIDTH == 0 and n >= 2 * WIDTH and n != tokens * D]

@@ -1,4 +1,6 @@
-"""The attention patch on whole tiny models: padding, packing, generation, and what goes to stock instead."""
+"""The attention patch on whole tiny models: padding, packing, generation, and what goes to stock
+instead.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,9 @@ class TestStockInstead:
 
     def test_decoding_with_a_cache(self, stock_calls):
         _, ours = pair()
-        ours.eval().generate(**{k: v for k, v in batch().items() if k != "labels"}, max_new_tokens=3, do_sample=False)
+        ours.eval().generate(
+            **{k: v for k, v in batch().items() if k != "labels"}, max_new_tokens=3, do_sample=False
+        )
         assert stock_calls
 
     @pytest.mark.parametrize(
@@ -148,7 +152,9 @@ class TestStockInstead:
 
 @pytest.mark.parametrize("keep", [1, 5])
 def test_logits_to_keep_in_training(keep):
-    """GRPO asks for the completion's logits only; 5.23 then drops the other queries in the sharing layers."""
+    """GRPO asks for the completion's logits only; 5.23 then drops the other queries in the sharing
+    layers.
+    """
     stock, ours = pair("causal")
     inputs = batch((20, 13), side="left")
     inputs.pop("labels")
@@ -164,10 +170,14 @@ def test_logits_to_keep_in_training(keep):
 
 def test_restore_puts_sdpa_back_and_other_towers_never_lose_theirs():
     model = tiny_model("conditional")
-    others = {n: m.config._attn_implementation for n, m in model.named_modules() if n.endswith("tower")}
+    others = {
+        n: m.config._attn_implementation for n, m in model.named_modules() if n.endswith("tower")
+    }
     report = gemma_accel.apply(model)
     assert model.model.language_model.config._attn_implementation == patch.NAME
-    now = {n: m.config._attn_implementation for n, m in model.named_modules() if n.endswith("tower")}
+    now = {
+        n: m.config._attn_implementation for n, m in model.named_modules() if n.endswith("tower")
+    }
     assert now == others
     report.restore()
     assert model.model.language_model.config._attn_implementation == "sdpa"

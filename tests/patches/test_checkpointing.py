@@ -1,4 +1,6 @@
-"""The memory policy: every mode gives the same gradients, keeps what the arithmetic says, and none is chosen that does not fit."""
+"""The memory policy: every mode gives the same gradients, keeps what the arithmetic says, and none
+is chosen that does not fit.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,7 @@ from gemma_accel.memory import (
     loss_bytes,
     peak_bytes,
 )
-from tests.tiny import batch, text_config, tiny_model
-
-LANGUAGE = r".*(language_model|model)\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+from tests.tiny import LANGUAGE, batch, text_config, tiny_model
 
 
 def adapted(kind="causal", *, applied=True, **changes):
@@ -45,7 +45,9 @@ def gradients(peft, inputs):
     peft.zero_grad()
     out = peft(**inputs)
     out.loss.backward()
-    return out.loss.item(), {n: p.grad.clone() for n, p in peft.named_parameters() if p.grad is not None}
+    return out.loss.item(), {
+        n: p.grad.clone() for n, p in peft.named_parameters() if p.grad is not None
+    }
 
 
 def relative(a, b):
@@ -82,8 +84,12 @@ def test_every_mode_gives_stocks_gradients(mode, sharing, executions):
     loss, grads = gradients(peft, batch())
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert grads.keys() == expected.keys() == stock.keys()
-    assert max(relative(grads[n], expected[n]) for n in grads) < 1e-6  # recomputation adds nothing of its own
-    assert max(relative(grads[n], stock[n]) for n in grads) < 1e-3  # two float32 computations, see test_parity
+    assert (
+        max(relative(grads[n], expected[n]) for n in grads) < 1e-6
+    )  # recomputation adds nothing of its own
+    assert (
+        max(relative(grads[n], stock[n]) for n in grads) < 1e-3
+    )  # two float32 computations, see test_parity
     once = mode in (Mode.KEEP, Mode.RECOMPUTE_MLP)
     assert executions == [1 if once else 2] * 5
 
@@ -93,7 +99,9 @@ def test_modes_may_differ_from_layer_to_layer(executions):
     _, expected = gradients(adapted(applied=False)[1], batch())
     model, peft = adapted()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    force(model, [Mode.OFFLOAD, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP])
+    force(
+        model, [Mode.OFFLOAD, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP]
+    )
     _, grads = gradients(peft, batch())
     assert max(relative(grads[n], expected[n]) for n in grads) < 1e-4
     assert executions == [2, 2, 2, 1, 1]
@@ -105,7 +113,9 @@ def test_two_forwards_before_a_backward():
     _, reference = adapted(applied=False)
     model, peft = adapted()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    force(model, [Mode.OFFLOAD, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP])
+    force(
+        model, [Mode.OFFLOAD, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP]
+    )
     results = []
     for m in (reference, peft):
         m.zero_grad()
@@ -177,18 +187,27 @@ def test_a_layer_keeps_the_bytes_that_the_arithmetic_says(device, mode):
         peft(**inputs).loss  # noqa: B018 - the graph is what counts
     starts = [0, *marks[:-1]]
     for index, (start, stop) in enumerate(zip(starts, marks, strict=True)):
-        seen = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stack[start:stop]}
+        seen = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in stack[start:stop]
+        }
         own = {p: n for p, n in seen.items() if p not in parameters and p not in held}
         held.update(own)
         shape = layer_shapes(model.config.get_text_config())[index]
         expected = 64 * kept_bytes(shape, mode, itemsize=4)
-        # small change on top: adapters' products, norms' factors, positions; and layer 0 also holds what all layers read
+        # small change on top: adapters' products, norms' factors, positions; and layer 0 also holds
+        # what all layers read
         slack = 64 * 4 * (6 * 4 + 16 + (4 * 64 + 4 * 32 if index == 0 else 0))
-        assert expected * 0.9 - slack <= sum(own.values()) <= expected + slack, (index, sum(own.values()), expected)
+        assert expected * 0.9 - slack <= sum(own.values()) <= expected + slack, (
+            index,
+            sum(own.values()),
+            expected,
+        )
 
 
 class TestChoice:
-    shapes = layer_shapes(text_config(hidden_size=1536, intermediate_size=6144, num_hidden_layers=5))
+    shapes = layer_shapes(
+        text_config(hidden_size=1536, intermediate_size=6144, num_hidden_layers=5)
+    )
 
     def test_with_memory_to_spare_everything_is_kept(self):
         assert choose_modes(self.shapes, 4096, 1 << 40, 0) == [Mode.KEEP] * 5

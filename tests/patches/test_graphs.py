@@ -1,4 +1,6 @@
-"""CUDA graphs of the decoder stack: the numbers of the layers run one by one, whatever comes between two steps."""
+"""CUDA graphs of the decoder stack: the numbers of the layers run one by one, whatever comes
+between two steps.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +12,17 @@ from peft import LoraConfig, get_peft_model
 
 import gemma_accel
 from gemma_accel.patches.graphs import CAPTURES, STEADY
-from tests.tiny import batch, tiny_model
+from tests.tiny import LANGUAGE, batch, tiny_model
 
 pytestmark = pytest.mark.gpu
-
-LANGUAGE = r".*(language_model|model)\.layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 def adapted(checkpointing=True, **changes):
     model = tiny_model("conditional", towers=False, **changes).cuda()
     torch.manual_seed(1)
-    peft = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False)).cuda()
+    peft = get_peft_model(
+        model, LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False)
+    ).cuda()
     gemma_accel.apply(peft, vram_gib=4.0)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -42,7 +44,13 @@ def pair(request):
 
         for peft in (eager, graphed):
             policy = text(peft).memory
-            policy.modes = lambda hidden: [Mode.RECOMPUTE, Mode.KEEP, Mode.RECOMPUTE_MLP, Mode.RECOMPUTE, Mode.KEEP]
+            policy.modes = lambda hidden: [
+                Mode.RECOMPUTE,
+                Mode.KEEP,
+                Mode.RECOMPUTE_MLP,
+                Mode.RECOMPUTE,
+                Mode.KEEP,
+            ]
             policy.graphs_fit = lambda hidden: True
     return eager, graphed
 
@@ -53,7 +61,9 @@ def step(peft, seed, lengths=(24, 24), zero=True, **kwargs):
     inputs = {k: v.cuda() for k, v in batch(lengths, seed=seed).items()}
     loss = peft(**inputs, use_cache=False, **kwargs).loss
     loss.backward()
-    return loss.item(), {n: p.grad.clone() for n, p in peft.named_parameters() if p.grad is not None}
+    return loss.item(), {
+        n: p.grad.clone() for n, p in peft.named_parameters() if p.grad is not None
+    }
 
 
 def captured(peft):
@@ -106,9 +116,17 @@ def test_two_forwards_before_a_backward(pair):
     results = []
     for peft in pair:
         peft.zero_grad()
-        losses = [peft(**{k: v.cuda() for k, v in batch((24, 24), seed=s).items()}, use_cache=False).loss for s in (30, 31)]
+        losses = [
+            peft(**{k: v.cuda() for k, v in batch((24, 24), seed=s).items()}, use_cache=False).loss
+            for s in (30, 31)
+        ]
         (losses[0] - 0.5 * losses[1]).backward()
-        results.append((losses[0].item(), {n: p.grad for n, p in peft.named_parameters() if p.grad is not None}))
+        results.append(
+            (
+                losses[0].item(),
+                {n: p.grad for n, p in peft.named_parameters() if p.grad is not None},
+            )
+        )
     same(*results)
 
 
@@ -138,7 +156,9 @@ def test_another_adapter_is_noticed(pair):
     warm(pair)
     for peft in pair:
         torch.manual_seed(4)
-        peft.add_adapter("second", LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False))
+        peft.add_adapter(
+            "second", LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False)
+        )
         peft.set_adapter("second")
         peft.cuda()
     same(step(pair[1], 3), step(pair[0], 3))

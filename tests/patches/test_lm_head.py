@@ -1,4 +1,6 @@
-"""Plain Trainer and hand-written loops: the loss without logits, and the logits for whoever asks."""
+"""Plain Trainer and hand-written loops: the loss without logits, and the logits for whoever
+asks.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from tests.tiny import batch, tiny_model
 
 pytestmark = [
     pytest.mark.usefixtures("references"),
-    pytest.mark.skipif(not lm_head._head_runs_on("cpu"), reason="TRL's head runs on the CPU since TRL 1.16"),
+    pytest.mark.skipif(
+        not lm_head._head_runs_on("cpu"), reason="TRL's head runs on the CPU since TRL 1.16"
+    ),
 ]
 
 
@@ -115,6 +119,8 @@ def test_a_loss_of_the_users_own_gets_its_logits(pair, head_calls, tmp_path):
     _, ours = pair
     watch(ours)
     rows = [{k: v[0] for k, v in batch((12,), seed=i).items()} for i in range(4)]
-    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, bf16=True, report_to="none", save_strategy="no")
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, use_cpu=True, bf16=True, report_to="none", save_strategy="no"
+    )
     Own(model=ours, args=args, train_dataset=rows).train()
     assert calls
