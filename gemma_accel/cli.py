@@ -95,6 +95,7 @@ def plan(
         print(json.dumps(result.to_dict(), indent=1))
     else:
         _console().print(result)
+    raise typer.Exit(0 if result.fits else 1)
 
 
 @app.command()

@@ -17,7 +17,9 @@ from typing import Any
 __all__ = [
     "LayerShape",
     "Mode",
+    "between_layers_bytes",
     "choose_modes",
+    "head_groups",
     "kept_bytes",
     "layer_shapes",
     "loss_bytes",
@@ -40,6 +42,8 @@ class Mode(Enum):
     """and its MLP runs a few tokens at a time"""
     OFFLOAD = "offload"
     """and its input waits in host memory"""
+    TIGHT = "offload, in parts"
+    """and it is replayed half by half, its query heads a few at a time"""
 
 
 _GRADES = tuple(reversed(Mode))
@@ -54,6 +58,13 @@ def mlp_schedule(mode: Mode, tokens: int) -> tuple[bool, int | None]:
     if mode is Mode.RECOMPUTE_MLP:
         return False, 4096
     return False, min(max(tokens // 4, 1024), 4096)
+
+
+def head_groups(mode: Mode, heads: int) -> int:
+    """In how many groups a layer's query heads pass through projection, attention and
+    projection.
+    """
+    return min(heads, 4) if mode is Mode.TIGHT else 1
 
 
 def loss_bytes(tokens: int, hidden: int, vocabulary: int) -> int:
@@ -120,7 +131,7 @@ def _head_size_and_keys(text: Any, index: int, sliding: bool) -> tuple[int, int]
 
 def kept_bytes(layer: LayerShape, mode: Mode, itemsize: int = 2) -> int:
     """Bytes a token of ``layer`` keeps from its forward to its backward."""
-    if mode is Mode.OFFLOAD:
+    if mode in (Mode.OFFLOAD, Mode.TIGHT):
         return 0
     if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED):
         return layer.hidden * itemsize
@@ -138,9 +149,7 @@ def kept_bytes(layer: LayerShape, mode: Mode, itemsize: int = 2) -> int:
 
 
 def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 2) -> int:
-    """Bytes that ``layer``'s backward needs beyond what is kept, at its highest point, for
-    ``tokens`` tokens.
-    """
+    """Bytes that ``layer``'s backward needs beyond what is kept, at its highest point."""
     keeps, tile = mlp_schedule(mode, tokens)
     # product and its gradient; gate and up too where they are made again a tile at a time
     mlp = min(tokens, tile or tokens) * layer.mlp * (2 if keeps else 4)
@@ -148,6 +157,8 @@ def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 
     attention = tokens * (2 * layer.queries + 2 * layer.keys)
     flow = tokens * 3 * layer.hidden  # gradients of the residual stream and of a branch
     weight = max(layer.mlp, layer.queries) * layer.hidden  # one dequantised weight
+    if mode is Mode.TIGHT:
+        return (_tight(layer, tokens, mlp) + flow + weight) * itemsize
     replayed = 0
     if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED, Mode.OFFLOAD):
         as_if = Mode.KEEP if keeps else Mode.RECOMPUTE_MLP
@@ -155,6 +166,48 @@ def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 
     if mode is Mode.OFFLOAD:
         replayed += 2 * tokens * layer.hidden * itemsize  # its input, and the next one on its way
     return (max(mlp, attention) + flow + weight) * itemsize + replayed
+
+
+def _tight(layer: LayerShape, tokens: int, mlp: int) -> int:
+    """Elements that the larger half of a layer in parts holds, besides gradients of the stream."""
+    # input, the next one on its way, the sum between the halves
+    both = 3 * layer.hidden
+    # its norm, o_proj's output; a group's raw and rotated queries, output and two gradients;
+    # keys and values raw, normed, their gradients
+    groups = head_groups(Mode.TIGHT, layer.heads)
+    attention = 2 * layer.hidden + 5 * layer.queries // groups + 6 * layer.keys
+    # its norm, the MLP's output, the second sum, the projection's output; the per-layer input's
+    feed = 4 * layer.hidden + 4 * layer.per_layer
+    return tokens * both + max(tokens * attention, tokens * feed + mlp)
+
+
+def between_layers_bytes(
+    layers: Sequence[LayerShape], modes: Sequence[Mode], batch: int, length: int, itemsize: int = 2
+) -> int:
+    """Bytes that pass between layers for as long as the stack runs.
+
+    Cosines and sines of each head size (one row for all sequences), the embeddings that every
+    layer reads and their gradient, and the keys and values that layers share, with their gradients.
+    """
+    tokens = batch * length
+    total = sum(
+        2 * length * size * itemsize for size in {layer.queries // layer.heads for layer in layers}
+    )
+    if layers[0].per_layer:
+        # layer 0 may keep the embeddings anyway: they are its input
+        copies = 2 if modes[0] in (Mode.OFFLOAD, Mode.TIGHT) else 1
+        total += copies * tokens * layers[0].hidden * itemsize
+    for index in _sharing(layers):
+        kept = modes[index] in (Mode.KEEP, Mode.RECOMPUTE_MLP)
+        total += (1 if kept else 2) * tokens * 2 * layers[index].keys * itemsize
+    return total
+
+
+def _sharing(layers: Sequence[LayerShape]) -> list[int]:
+    """The layers whose keys and values others use: the last of each kind with its own."""
+    if all(layer.keys for layer in layers):
+        return []
+    return sorted({layer.sliding: i for i, layer in enumerate(layers) if layer.keys}.values())
 
 
 def peak_bytes(
@@ -174,13 +227,13 @@ def peak_bytes(
 def choose_modes(
     layers: Sequence[LayerShape], tokens: int, available: int, loss: int, itemsize: int = 2
 ) -> list[Mode]:
-    """The cheapest modes that fit ``available`` bytes; all offloaded where nothing does.
+    """The cheapest modes that fit ``available`` bytes; all in parts where nothing does.
 
     Backward frees the last layers' activations first, so what they keep is out of the way when an
     early layer is recomputed: layers are raised from the last to the first, a grade at a time, as
     long as the step's highest point fits.
     """
-    modes = [Mode.OFFLOAD] * len(layers)
+    modes = [_GRADES[0]] * len(layers)
     for grade, below in zip(_GRADES[1:], _GRADES, strict=False):
         for index in reversed(range(len(layers))):
             if modes[index] is not below:

@@ -28,6 +28,7 @@ from gemma_accel.errors import UnsupportedModelError
 from gemma_accel.memory import (
     LayerShape,
     Mode,
+    between_layers_bytes,
     choose_modes,
     kept_bytes,
     layer_shapes,
@@ -410,7 +411,7 @@ class _Moment(NamedTuple):
 
 def _choose(run: _Run, batch_size: int, length: int) -> _Choice:
     """`MemoryPolicy.modes`, without a tensor to ask about."""
-    from gemma_accel.patches.checkpointing import SLACK
+    from gemma_accel.patches.checkpointing import LEAN, SLACK
 
     layers, tokens, loss = run.counts.layers, batch_size * length, run.loss(batch_size * length)
     if run.vram_gib is None or run.is_mixture:
@@ -419,7 +420,7 @@ def _choose(run: _Run, batch_size: int, length: int) -> _Choice:
     if _captures():
         graphed = available - loss - _graph_bytes(run, tokens)
         modes = choose_modes(layers, tokens, graphed, 0, ITEMSIZE)
-        if not {Mode.OFFLOAD, Mode.RECOMPUTE_TILED} & set(modes):
+        if not LEAN & set(modes):
             return _Choice(modes, graphed=True)
     return _Choice(choose_modes(layers, tokens, available, loss, ITEMSIZE))
 
@@ -432,7 +433,7 @@ def _held(run: _Run, batch_size: int, length: int) -> float:
     later = weights - scales + run.adapters + 3 * trained
     embeddings = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
     now = weights + run.adapters + embeddings + _inputs(run, batch_size, length)
-    return max(later + _between_layers(run, _all(run, Mode.OFFLOAD), batch_size, length), now)
+    return max(later + _between_layers(run, _all(run, Mode.TIGHT), batch_size, length), now)
 
 
 @functools.cache
@@ -473,31 +474,14 @@ def _experts_bytes(run: _Run, tokens: int, *, backward: bool) -> int:
 
 
 def _inputs(run: _Run, batch_size: int, length: int) -> int:
-    """Ids, labels and mask, and cosines and sines of each head size (one row for all sequences)."""
-    heads = run.counts.text.num_attention_heads
-    sizes = {layer.queries // heads for layer in run.counts.layers}
-    return batch_size * length * 3 * 8 + sum(2 * length * size * ITEMSIZE for size in sizes)
+    """Ids, labels and mask."""
+    return batch_size * length * 3 * 8
 
 
 def _between_layers(run: _Run, choice: _Choice, batch_size: int, length: int) -> int:
-    """What passes between layers: `_inputs`, the embeddings, keys and values that layers share."""
-    tokens, layers = batch_size * length, run.counts.layers
-    total = _inputs(run, batch_size, length)
-    if run.counts.text.hidden_size_per_layer_input:
-        # every layer reads the embeddings and adds to their gradient; layer 0 may keep them anyway
-        copies = 2 if choice.modes[0] is Mode.OFFLOAD else 1
-        total += copies * tokens * run.counts.text.hidden_size * ITEMSIZE
-    for index in _shared(layers):
-        kept = choice.modes[index] in (Mode.KEEP, Mode.RECOMPUTE_MLP)
-        total += (1 if kept else 2) * tokens * 2 * layers[index].keys * ITEMSIZE
-    return total
-
-
-def _shared(layers: Sequence[LayerShape]) -> list[int]:
-    """The layers whose keys and values others use: the last of each kind with its own."""
-    if all(layer.keys for layer in layers):
-        return []
-    return sorted({layer.sliding: i for i, layer in enumerate(layers) if layer.keys}.values())
+    """What passes between layers, and a batch's ids, labels and mask."""
+    passing = between_layers_bytes(run.counts.layers, choice.modes, batch_size, length, ITEMSIZE)
+    return passing + _inputs(run, batch_size, length)
 
 
 def _reserved(run: _Run, resident: float, passing: float) -> float:
@@ -613,7 +597,8 @@ def _components(run: _Run, choice: _Choice, batch_size: int, length: int) -> dic
     if run.lora_rank:
         found |= {"per-layer table" + _HOST: run.table, "towers" + _HOST: run.towers}
     input_bytes = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
-    found["offloaded inputs" + _HOST] = input_bytes * list(choice.modes).count(Mode.OFFLOAD)
+    away = sum(mode in (Mode.OFFLOAD, Mode.TIGHT) for mode in choice.modes)
+    found["offloaded inputs" + _HOST] = input_bytes * away
     found["Python and libraries" + _HOST] = PROCESS * GIB
     return {name: size / GIB for name, size in found.items() if size}
 

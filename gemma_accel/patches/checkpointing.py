@@ -20,7 +20,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 from gemma_accel.hookspecs import Patch
-from gemma_accel.memory import Mode, choose_modes, layer_shapes, loss_bytes, mlp_schedule
+from gemma_accel.memory import (
+    Mode,
+    between_layers_bytes,
+    choose_modes,
+    head_groups,
+    layer_shapes,
+    loss_bytes,
+    mlp_schedule,
+)
 from gemma_accel.patches.graphs import StackGraphs
 from gemma_accel.patches.offload import OffloadedInputs
 from gemma_accel.patches.seams import Fused, Undoing
@@ -28,6 +36,8 @@ from gemma_accel.patches.seams import Fused, Undoing
 __all__ = ["MemoryPolicy", "checkpointing_patch", "graphs_patch"]
 
 GIB = 2**30
+LEAN = {Mode.RECOMPUTE_TILED, Mode.OFFLOAD, Mode.TIGHT}
+"""Modes that are chosen where memory is short: CUDA graphs, which hold memory, are not for them."""
 # of the budget: what the caching allocator cannot use for being in pieces, and what no arithmetic
 # names (measured, see benchmarks/LOG.md)
 SLACK = 0.05
@@ -63,21 +73,21 @@ class MemoryPolicy:
         key = (*hidden.shape, hidden.element_size())
         if key not in self.chosen:
             assert self.budget is not None
-            held = max(
-                self.fixed, torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
+            held = torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
+            passing = between_layers_bytes(
+                self.shapes,
+                [Mode.TIGHT] * len(self.shapes),
+                *hidden.shape[:2],
+                hidden.element_size(),
             )
-            available = int(self.budget * (1 - SLACK)) - held
+            available = int(self.budget * (1 - SLACK)) - max(self.fixed + passing, held)
             tokens, itemsize = hidden.shape[0] * hidden.shape[1], hidden.element_size()
             loss = loss_bytes(tokens, hidden.shape[2], self.vocabulary)
             # with graphs the loss has no use of the stack's memory, and the graphs hold their
             # input, output and gradient
             graphed = available - loss - 4 * tokens * hidden.shape[2] * itemsize - self.trained
             modes = choose_modes(self.shapes, tokens, graphed, 0, itemsize)
-            self._graphed[key] = (
-                hidden.is_cuda
-                and self.captures
-                and not {Mode.OFFLOAD, Mode.RECOMPUTE_TILED} & set(modes)
-            )
+            self._graphed[key] = hidden.is_cuda and self.captures and not LEAN & set(modes)
             if not self._graphed[key]:
                 modes = choose_modes(self.shapes, tokens, available, loss, itemsize)
             self.chosen[key] = modes
@@ -120,12 +130,14 @@ class MemoryPolicy:
         mode = self.modes(hidden)[layer.layer_idx]
         mlp: Any = layer.mlp
         mlp.keep, mlp.tile = mlp_schedule(mode, hidden.shape[0] * hidden.shape[1])
+        attention: Any = layer.self_attn
+        attention.groups = head_groups(mode, self.shapes[layer.layer_idx].heads)
         if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP):
             return forward(hidden, *rest)
         # no random numbers are drawn in a layer without dropout: their state need not be saved and
         # put back around every one
         again = functools.partial(stock, preserve_rng_state=_draws(layer))
-        if mode is Mode.OFFLOAD and hidden.is_cuda:
+        if mode in (Mode.OFFLOAD, Mode.TIGHT) and hidden.is_cuda:
             return self._inputs.run(again, forward, hidden, *rest, first=layer.layer_idx == 0)
         return again(forward, hidden, *rest)
 
@@ -175,6 +187,7 @@ class CheckpointingPatch(Patch):
         def run() -> None:
             for holder in holders:
                 vars(holder).pop("memory", None)
+                vars(getattr(holder, "self_attn", holder)).pop("groups", None)
                 for name in ("keep", "tile"):
                     vars(getattr(holder, "mlp", holder)).pop(name, None)
 

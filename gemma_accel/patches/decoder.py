@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4RMSNorm,
@@ -26,7 +28,9 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from gemma_accel.kernels.geglu import geglu
 from gemma_accel.kernels.norm_add import norm_add
 from gemma_accel.kernels.qk_norm_rope import qkv_norm_rope
+from gemma_accel.kernels.rms_norm import rms_norm
 from gemma_accel.patches.dtypes import why_not_dtype
+from gemma_accel.patches.head_groups import attend_in_groups, readable_by_heads, rotary_pairs
 from gemma_accel.patches.per_layer import LayerInput
 from gemma_accel.patches.seams import ClassSwap, Fused
 
@@ -56,7 +60,10 @@ class Projector:
 
 
 class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
+    """``groups`` is the memory policy's: in how many groups the query heads pass through."""
+
     project = Projector()
+    groups = 1
 
     def forward(
         self,
@@ -76,6 +83,13 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
                 past_key_values,
                 **kwargs,
             )
+        if self.groups > 1 and past_key_values is None:
+            read = readable_by_heads(self, hidden_states)
+            if read is not None:
+                keys = self._keys(hidden_states, position_embeddings, shared_kv_states)
+                return attend_in_groups(
+                    self, read, hidden_states, keys, position_embeddings, attention_mask, **kwargs
+                ), None
         query, key, value = self._qkv(hidden_states, *position_embeddings)
         query = query.transpose(1, 2)
         if self.is_kv_shared_layer:
@@ -103,6 +117,30 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
         )
         (out,) = self.project(out.reshape(*hidden_states.shape[:-1], -1), self.o_proj)
         return out, weights
+
+    def _keys(
+        self, hidden_states: Tensor, positions: tuple[Tensor, Tensor], shared_kv_states: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, K, T, H] alone, for queries that come a few heads at a time."""
+        if self.is_kv_shared_layer:
+            return shared_kv_states[self.layer_type]
+        linears = (self.k_proj,) if self.v_proj is None else (self.k_proj, self.v_proj)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        raw = [x.view(shape) for x in self.project(hidden_states, *linears)]
+        key, _, _ = qkv_norm_rope(
+            raw[0],
+            None,
+            None,
+            self.k_norm.weight,
+            None,
+            *positions,
+            eps=self.k_norm.eps,
+            rotary_pairs=rotary_pairs(self),
+        )
+        keys = key.transpose(1, 2), rms_norm(raw[-1], None, self.v_norm.eps).transpose(1, 2)
+        if self.store_full_length_kv:
+            shared_kv_states[self.layer_type] = keys
+        return keys
 
     def _norms_are_stock(self) -> bool:
         """False once PEFT has wrapped a norm (`modules_to_save`, LN tuning): its own forward must
@@ -136,18 +174,8 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
             cos,
             sin,
             eps=self.q_norm.eps,
-            rotary_pairs=_rotary_pairs(self),
+            rotary_pairs=rotary_pairs(self),
         )
-
-
-def _rotary_pairs(attention: Gemma4TextAttention) -> int | None:
-    """How many leading pairs (d, d + H/2) really rotate: "proportional" RoPE leaves the others at
-    angle zero.
-    """
-    rope = attention.config.rope_parameters[attention.layer_type]
-    if rope is None or rope.get("rope_type") != "proportional":
-        return None
-    return int(rope.get("partial_rotary_factor", 1.0) * attention.head_dim // 2)
 
 
 def _why_not_attention(attention: Gemma4TextAttention) -> str | None:
@@ -228,21 +256,39 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        attended, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            shared_kv_states=shared_kv_states,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
+        context = {
+            "position_embeddings": position_embeddings,
+            "attention_mask": attention_mask,
+            "shared_kv_states": shared_kv_states,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
             **kwargs,
-        )
-        hidden_states, normed = _joint(
-            attended,
-            hidden_states,
-            self.post_attention_layernorm,
-            next_weight=self.pre_feedforward_layernorm.weight,
-        )
+        }
+        if self.self_attn.groups > 1 and torch.is_grad_enabled():
+            # in parts: each half is replayed when its own backward comes
+            again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            hidden_states = again(self._attended, hidden_states, context)
+            return again(self._fed, hidden_states, None, per_layer_input)
+        next_norm = self.pre_feedforward_layernorm.weight
+        hidden_states, normed = self._attended(hidden_states, context, next_weight=next_norm)
+        return self._fed(hidden_states, normed, per_layer_input)
+
+    def _attended(self, hidden_states: Tensor, context: dict[str, Any], **joint: Any) -> Any:
+        """The layer's first half: attention and its residual (and with ``next_weight`` the norm of
+        the sum).
+        """
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **context)
+        return _joint(attended, hidden_states, self.post_attention_layernorm, **joint)
+
+    def _fed(
+        self,
+        hidden_states: Tensor,
+        normed: Tensor | None,
+        per_layer_input: Tensor | LayerInput | None,
+    ) -> Tensor:
+        """Its second half: the MLP, the per-layer input, their residuals, the layer's scalar."""
+        if normed is None:
+            normed = self.pre_feedforward_layernorm(hidden_states)
         out = self.mlp(normed)
         if not self.hidden_size_per_layer_input:
             return _joint(

@@ -84,14 +84,15 @@ def test_every_mode_gives_stocks_gradients(mode, sharing, executions):
     loss, grads = gradients(peft, batch())
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert grads.keys() == expected.keys() == stock.keys()
-    assert (
-        max(relative(grads[n], expected[n]) for n in grads) < 1e-6
-    )  # recomputation adds nothing of its own
+    # recomputation adds nothing of its own; heads in groups are another order of summation
+    own = 1e-3 if mode is Mode.TIGHT else 1e-6
+    assert max(relative(grads[n], expected[n]) for n in grads) < own
     assert (
         max(relative(grads[n], stock[n]) for n in grads) < 1e-3
     )  # two float32 computations, see test_parity
-    once = mode in (Mode.KEEP, Mode.RECOMPUTE_MLP)
-    assert executions == [1 if once else 2] * 5
+    # in parts, a layer is replayed for its second half, and its first half again for its own
+    times = {Mode.KEEP: 1, Mode.RECOMPUTE_MLP: 1, Mode.TIGHT: 3}.get(mode, 2)
+    assert executions == [times] * 5
 
 
 @pytest.mark.usefixtures("references")
@@ -212,8 +213,8 @@ class TestChoice:
     def test_with_memory_to_spare_everything_is_kept(self):
         assert choose_modes(self.shapes, 4096, 1 << 40, 0) == [Mode.KEEP] * 5
 
-    def test_with_none_everything_is_offloaded(self):
-        assert choose_modes(self.shapes, 4096, 0, 0) == [Mode.OFFLOAD] * 5
+    def test_with_none_everything_is_taken_in_parts(self):
+        assert choose_modes(self.shapes, 4096, 0, 0) == [Mode.TIGHT] * 5
 
     def test_what_is_chosen_fits_and_more_memory_never_means_more_work(self):
         order = list(Mode)
@@ -221,7 +222,7 @@ class TestChoice:
         loss = loss_bytes(4096, 1536, 262144)
         for available in range(1 << 28, 4 << 30, 1 << 27):
             modes = choose_modes(self.shapes, 4096, available, loss)
-            if set(modes) != {Mode.OFFLOAD}:
+            if set(modes) != {Mode.TIGHT}:
                 assert peak_bytes(self.shapes, modes, 4096, loss) <= available
             grades = sum(order.index(mode) for mode in modes)
             assert cost is None or grades <= cost
