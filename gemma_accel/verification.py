@@ -46,12 +46,21 @@ from gemma_accel.budget import memory_budget
 from gemma_accel.errors import BudgetError, GemmaAccelError
 from gemma_accel.hookspecs import Patch, Undo
 from gemma_accel.models import base_model, model_device, text_model
+from gemma_accel.patches.checkpointing import graphs_patch
+from gemma_accel.patches.graphs import STEADY
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 from gemma_accel.patches.seams import Fused
 from gemma_accel.patching import _at, _candidates, _refuse_foreign, registry, report_of
 from gemma_accel.report import Report
 
-__all__ = ["Measure", "Row", "Verification", "VerificationError", "verify", "verify_before_training"]
+__all__ = [
+    "Measure",
+    "Row",
+    "Verification",
+    "VerificationError",
+    "verify",
+    "verify_before_training",
+]
 
 MULTIPLE = 4
 """How many times the nudged runs' difference a patched run may differ: see the module's docstring."""
@@ -216,10 +225,9 @@ def verify(model: Any, *, rtol: float | None = None) -> Verification:
         stack.enter_context(patches)
         stack.enter_context(_gradients_aside(model))
         stack.enter_context(_adapters_awake(model))
-        stations = stack.enter_context(_Stations(base))
         model.train()
         probes, notes = _probes(model, base, device)
-        return Verification(_Comparison(model, patches, stations, probes, rtol).rows(), notes)
+        return Verification(_Comparison(model, patches, probes, rtol).rows(), notes)
 
 
 def verify_before_training(trainer: Any) -> Verification | None:
@@ -257,11 +265,10 @@ class _Comparison:
         self,
         model: Any,
         patches: _Patches,
-        stations: _Stations,
         probes: list[_Probe],
         rtol: float | None,
     ) -> None:
-        self.model, self.patches, self.stations = model, patches, stations
+        self.model, self.patches, self.stations = model, patches, _Stations(patches.base)
         self.probes, self.rtol = probes, rtol
         self.noise: dict[str, Tensor] = {}
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -291,7 +298,7 @@ class _Comparison:
             rows.append(row)
         if not bad:
             self.patches.put_back()
-            rows.append(self._row(EVERYTHING, "", len(self.patches.places), self.probes, last=True))
+            rows.append(self._row(EVERYTHING, "", len(self.patches.places), self.probes))
         return rows
 
     def _try(self, patch: Patch, bad: set[str]) -> Row:
@@ -316,13 +323,18 @@ class _Comparison:
             self.patches.put_out(patch)
         return row
 
-    def _row(
-        self, name: str, modality: str, places: int, probes: list[_Probe], *, last: bool = False
-    ) -> Row:
+    def _row(self, name: str, modality: str, places: int, probes: list[_Probe]) -> Row:
         found: dict[str, list[Measure]] = {"loss": [], "output": [], "gradient": []}
+        # graphs are captured of batches that have kept their shape: then it is the last of several runs that counts
+        whole = name in (EVERYTHING, graphs_patch.name)
+        graphed = any(hasattr(layer, "graphs") for layer in text_model(self.patches.base).layers)
         for probe in probes:
-            errors = self._run(probe, "free", backward=last)
-            errors |= self._run(probe, "held")
+            errors = self._run(
+                probe, "held"
+            )  # before graphs are captured: they would run past the stations
+            for _ in range(STEADY + 1 if whole and graphed else 1):
+                free = self._run(probe, "free", backward=whole)
+            errors |= free
             for key, error in errors.items():
                 found[_sort(key)].append(self._judge(f"{key} ({probe.name})", key, error, probe))
         worst = {sort: max(ms, key=_ratio, default=_NOTHING) for sort, ms in found.items()}
@@ -334,7 +346,9 @@ class _Comparison:
         else:
             floor = self.stations.unit * _FLOORS + 32 * torch.finfo(torch.float32).eps
             noise = self.noise.get(_kind(key), torch.zeros_like(error))
-            budget = torch.maximum(MULTIPLE * noise, floor)
+            # a loss is one number, and the nudged runs' may happen to lie close to stock's: twice as much
+            multiple = 2 * MULTIPLE if key == "loss" else MULTIPLE
+            budget = torch.maximum(multiple * noise, floor)
         worst = int((error / budget).nan_to_num(nan=float("inf")).argmax())
         return Measure(error[worst].item(), budget[worst].item(), f"{where}, {_STATISTICS[worst]}")
 
@@ -382,16 +396,27 @@ def _sort(key: str) -> str:
     return "gradient" if key.startswith("gradient") else "output"
 
 
-def errors_between(ours: Tensor, stock: Tensor) -> Tensor:
-    """Relative difference, float64 [3]: 2-norm, largest element, part along ``stock``. Not finite is infinite."""
+def _errors(ours: Tensor, stock: Tensor, *, activations: bool) -> Tensor:
+    """Relative difference, float64 [3]: 2-norm, largest element, part along ``stock``. Not finite is infinite.
+
+    The last is asked of activations [..., D] and their gradients. Random errors have such a part too: if each
+    token's are its own, 1/sqrt(n) of their size, n being the tokens that matter (a gradient may be ruled by few:
+    n is the participation ratio of their squares). Four times that is taken off. A parameter's gradient
+    is a sum over tokens, so nothing is known of its share.
+    """
     s = stock.double()
     d = ours.double() - s
-    size = torch.linalg.vector_norm(s)
+    squares = s.square().sum(-1).flatten() if activations else s.square().sum().view(1)
+    size = squares.sum().sqrt()
     if size == 0:
         same = not bool(d.any())
         return torch.full((3,), 0.0 if same else float("inf"), dtype=torch.float64)
-    along = (d * s).sum().abs() / size**2
-    errors = torch.stack((torch.linalg.vector_norm(d) / size, d.abs().max() / s.abs().max(), along))
+    norm = torch.linalg.vector_norm(d) / size
+    along = norm * 0
+    if activations:
+        chance = squares.square().sum().sqrt() / squares.sum()
+        along = ((d * s).sum().abs() / size**2 - 4 * norm * chance).clamp_min(0)
+    errors = torch.stack((norm, d.abs().max() / s.abs().max(), along))
     return errors.cpu().nan_to_num(nan=float("inf"))
 
 
@@ -414,9 +439,7 @@ class _Probe:
         return loss
 
 
-def _probes(
-    model: Any, base: nn.Module, device: torch.device
-) -> tuple[list[_Probe], list[str]]:
+def _probes(model: Any, base: nn.Module, device: torch.device) -> tuple[list[_Probe], list[str]]:
     probes = [_text_probe(model, base, device), _labelled_probe(model, base, device)]
     notes = []
     for name, tower, make in (
@@ -428,7 +451,9 @@ def _probes(
             continue
         where = next(module.parameters()).device
         if where != device or getattr(module, "_gemma_accel_parked", None) is not None:
-            notes.append(f"{name} not looked at: its tower waits on the {where}, unused by this run")
+            notes.append(
+                f"{name} not looked at: its tower waits on the {where}, unused by this run"
+            )
             continue
         probes.append(make(base, device))
     return probes, notes
@@ -446,7 +471,9 @@ def _tokens(base: nn.Module, length: int, device: torch.device) -> tuple[Tensor,
     """Ids of plain text tokens [2, length] and their mask: the second row is padded."""
     config: Any = base.config
     text = config.get_text_config()
-    tokens = min(text.vocab_size, getattr(text, "vocab_size_per_layer_input", None) or text.vocab_size)
+    tokens = min(
+        text.vocab_size, getattr(text, "vocab_size_per_layer_input", None) or text.vocab_size
+    )
     special = {
         value
         for owner in (config, text)
@@ -493,33 +520,40 @@ def _labelled_probe(model: Any, base: nn.Module, device: torch.device) -> _Probe
 
 
 def _image_probe(base: nn.Module, device: torch.device) -> _Probe:
-    """Two pictures of noise through the tower and its embedder."""
+    """Two pictures of noise, the second padded, through the tower and its embedder."""
     config: Any = base.config.vision_config
     wide, high = 4 * config.pooling_kernel_size, 3 * config.pooling_kernel_size
     generator = torch.Generator().manual_seed(1)
     pixels = torch.rand(2, wide * high, 3 * config.patch_size**2, generator=generator).to(device)
     y, x = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
-    positions = torch.stack((x, y), -1).reshape(1, -1, 2).repeat(2, 1, 1).to(device)
+    positions = torch.stack((x, y), -1).reshape(1, -1, 2).repeat(2, 1, 1)
+    positions[1, wide * (high - config.pooling_kernel_size) :] = -1
+    positions = positions.to(device)
 
     def run(stations: _Stations) -> Tensor:
-        out = base.get_image_features(pixels, positions).pooler_output
-        features = out if isinstance(out, Tensor) else torch.cat(tuple(out))
-        return _tower_loss(stations, features)
+        out = base.get_image_features(pixels, positions).pooler_output  # type: ignore[operator]
+        return _tower_loss(stations, out if isinstance(out, Tensor) else torch.cat(tuple(out)))
 
-    return _Probe("vision", "vision", run)
+    return _Probe("vision", "vision", run, (positions >= 0).all(-1))
 
 
 def _audio_probe(base: nn.Module, device: torch.device) -> _Probe:
-    """Two sounds of noise through the tower and its embedder."""
+    """Two sounds of noise, the second padded, through the tower and its embedder."""
+    inner: Any = base.model
+    bins = inner.audio_tower.config.subsampling_conv_channels[
+        0
+    ]  # as wide as the first convolution has channels
     generator = torch.Generator().manual_seed(2)
-    frames = torch.randn(2, 96, 128, generator=generator)
-    frames = frames.to(device, next(base.model.audio_tower.parameters()).dtype)
-    mask = torch.ones(2, 96, dtype=torch.bool, device=device)
+    frames = torch.randn(2, 128, bins, generator=generator)
+    frames = frames.to(device, next(inner.audio_tower.parameters()).dtype)
+    mask = torch.ones(2, 128, dtype=torch.bool, device=device)
+    mask[1, 100:] = False
 
     def run(stations: _Stations) -> Tensor:
-        return _tower_loss(stations, base.model.get_audio_features(frames, mask).pooler_output)
+        out = inner.get_audio_features(frames, mask)
+        return _tower_loss(stations, out.pooler_output[out.attention_mask])
 
-    return _Probe("audio", "audio", run)
+    return _Probe("audio", "audio", run, mask[:, ::2][:, ::2])  # two convolutions of stride 2
 
 
 def _tower_loss(stations: _Stations, features: Tensor) -> Tensor:
@@ -551,22 +585,40 @@ class _Station(torch.autograd.Function):
 
 
 class _Stations:
-    """Sits at every layer's input and behind the text layers' attention and MLP, while it is open.
+    """Sit at every layer's input and behind the text layers' attention and MLP, during a run that wants them.
 
-    Modes: ``record`` puts what comes by on the probe's tape; ``free`` looks on; ``held`` compares with the tape
-    and passes on what the tape has.
+    Modes: ``record`` puts what comes by on the probe's tape; ``held`` compares with the tape and passes on what
+    the tape has; ``free`` leaves the model alone (nudged or not) and compares what comes out.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
-        self.unit = torch.finfo(torch.float32).eps
-        self.loss_scale = 1.0
+        weight = text_model(base).embed_tokens.weight
+        dtypes = [weight.dtype]
+        if torch.is_autocast_enabled(weight.device.type):
+            dtypes.append(torch.get_autocast_dtype(weight.device.type))
+        dtypes += [m.compute_dtype for m in base.modules() if type(m).__name__ == "Linear4bit"]
+        self.unit = max(torch.finfo(dtype).eps for dtype in dtypes if dtype is not None)
+        # as a scaler would: float16 has no small gradients
+        self.loss_scale = 128.0 if torch.float16 in dtypes else 1.0
         self._handles: list[Any] = []
         self._probe: _Probe | None = None
         self._mode, self._nudge = "free", 0
         self._seen: dict[str, Tensor] = {}
 
-    def __enter__(self) -> _Stations:
+    def begin(self, probe: _Probe, mode: str, nudge: int) -> None:
+        self._probe, self._mode, self._nudge, self._seen = probe, mode, nudge, {}
+        if mode != "free" or nudge:
+            self._attach()
+
+    def end(self) -> dict[str, Tensor]:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._probe = None
+        return self._seen
+
+    def _attach(self) -> None:
         layers = (Gemma4TextDecoderLayer, Gemma4VisionEncoderLayer, Gemma4AudioLayer)
         for path, module in self.base.named_modules():
             if isinstance(module, layers):
@@ -574,21 +626,7 @@ class _Stations:
             if isinstance(module, Gemma4TextDecoderLayer):
                 for name in ("self_attn", "mlp"):
                     self._behind(f"{path}.{name}", getattr(module, name))
-        text = text_model(self.base)
-        self._before("norm", text.norm)
-        dtypes = [text.embed_tokens.weight.dtype]
-        if torch.is_autocast_enabled(text.embed_tokens.weight.device.type):
-            dtypes.append(torch.get_autocast_dtype(text.embed_tokens.weight.device.type))
-        dtypes += [m.compute_dtype for m in self.base.modules() if type(m).__name__ == "Linear4bit"]
-        self.unit = max(torch.finfo(d).eps for d in dtypes if d is not None)
-        if torch.float16 in dtypes:
-            self.loss_scale = 128.0  # as a scaler would: float16 has no small gradients
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._before("norm", text_model(self.base).norm)
 
     def _before(self, path: str, module: nn.Module) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -607,13 +645,6 @@ class _Stations:
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def begin(self, probe: _Probe, mode: str, nudge: int) -> None:
-        self._probe, self._mode, self._nudge, self._seen = probe, mode, nudge, {}
-
-    def end(self) -> dict[str, Tensor]:
-        self._probe = None
-        return self._seen
-
     def meet(self, key: str, x: Tensor, hold: bool) -> Tensor:
         """Record or compare ``x``; returns what goes on from here."""
         if self._probe is None:
@@ -624,7 +655,9 @@ class _Stations:
             stock = self._probe.tape[key].to(x.device)
             if key not in self._seen:  # a checkpointed layer comes by twice
                 ours, theirs = (x, stock) if hold else (self._rows_of(x), stock)
-                self._compare(key, *(self._tokens_of(t) if hold else t for t in (ours, theirs)))
+                if hold:
+                    ours, theirs = self._tokens_of(ours), self._tokens_of(theirs)
+                self._compare(key, ours, theirs, activations=True)
             if hold:
                 x = stock.to(x.dtype)
         return self._nudged(key, x) if hold and self._nudge else x.clone()
@@ -674,11 +707,11 @@ class _Stations:
         if key not in self._probe.tape:
             self._probe.tape[key] = x.detach().to("cpu", copy=True)
 
-    def _compare(self, key: str, ours: Tensor, stock: Tensor) -> None:
+    def _compare(self, key: str, ours: Tensor, stock: Tensor, *, activations: bool = False) -> None:
         if ours.shape != stock.shape:
             self._seen[key] = torch.full((3,), float("inf"), dtype=torch.float64)
         else:
-            self._seen[key] = errors_between(ours.detach(), stock)
+            self._seen[key] = _errors(ours.detach(), stock, activations=activations)
 
     def _tokens_of(self, x: Tensor) -> Tensor:
         """Without padding, which may see what it likes."""
@@ -725,7 +758,6 @@ class _Patches:
         self.report = report_of(base)
         self.places: list[_Place] = []
         self._policy = getattr(text_model(base), "memory", None)
-        self._chosen = dict(self._policy.chosen) if self._policy is not None else {}
         if self.report is None:
             _refuse_foreign(base)
             found = _candidates(base, registry().patches(), Report())
@@ -761,7 +793,9 @@ class _Patches:
         ]
         self._tables = [m for m in self.base.modules() if type(m) is HostPerLayerEmbedding]
         self._frozen = [t.weight for t in self._tables if t.weight.requires_grad]
-        for weight in self._frozen:  # it cannot be trained from where it is: a Trainer brings it back first
+        for (
+            weight
+        ) in self._frozen:  # it cannot be trained from where it is: a Trainer brings it back first
             weight.requires_grad_(False)
         return self
 
@@ -780,9 +814,6 @@ class _Patches:
             module.__class__ = fused
         for weight in self._frozen:
             weight.requires_grad_(True)
-        if self._policy is not None:
-            self._policy.chosen.clear()
-            self._policy.chosen.update(self._chosen)
 
     def in_order(self) -> list[Patch]:
         return list({place.patch.name: place.patch for place in self.places}.values())
@@ -833,7 +864,8 @@ class _Patches:
         if now is None or now is self._policy:
             return
         if self._policy is not None:
-            now.budget, now.fixed = self._policy.budget, self._policy.fixed
+            for name in ("budget", "fixed", "trained"):
+                setattr(now, name, getattr(self._policy, name))
             return
         with contextlib.suppress(BudgetError):
             gib = memory_budget(self.base, None)
