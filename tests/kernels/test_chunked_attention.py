@@ -18,7 +18,6 @@ from gemma_accel.kernels.chunked_attention import (
 from gemma_accel.kernels.clip import EVERYTHING, Range
 from tests.accuracy import assert_no_less_accurate
 from tests.kernels import crosscompile
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 
 DTYPES = [torch.float32, torch.float16]  # the interpreter's products of bfloat16 are broken
 OFFICIAL = Chunks(size=12, past=12, future=0, k_scale=1.9, cap=50.0)

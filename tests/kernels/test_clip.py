@@ -8,7 +8,6 @@ import torch
 from gemma_accel.kernels import clip as module
 from gemma_accel.kernels.clip import EVERYTHING, Range, clip, clip_ref
 from tests.kernels import crosscompile
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (3, 5, 7), (2049,), (4, 64)]

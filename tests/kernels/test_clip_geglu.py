@@ -10,7 +10,6 @@ from gemma_accel.kernels.clip_geglu import clip_geglu, clip_geglu_bwd, clip_gegl
 from gemma_accel.kernels.geglu import geglu, tile
 from tests.accuracy import assert_no_less_accurate
 from tests.kernels import crosscompile
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 64), (3, 5, 40), (5, 1), (70, 8), (2, 1100)]

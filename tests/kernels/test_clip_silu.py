@@ -9,7 +9,6 @@ from gemma_accel.kernels.clip import BLOCK, EVERYTHING, Range
 from gemma_accel.kernels.clip_silu import clip_silu, clip_silu_ref
 from tests.accuracy import assert_no_less_accurate
 from tests.kernels import crosscompile
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (3, 5, 40), (2049,), (2, 1100)]

@@ -8,7 +8,6 @@ from gemma_accel.kernels import geglu as module
 from gemma_accel.kernels.geglu import geglu, geglu_bwd, geglu_fwd, geglu_ref
 from tests.accuracy import assert_no_less_accurate
 from tests.kernels import crosscompile
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 64), (3, 5, 40), (5, 1), (130, 8), (2, 1100), (1, 2048)]

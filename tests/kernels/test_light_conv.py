@@ -12,7 +12,6 @@ from gemma_accel.kernels.clip import EVERYTHING, Range
 from gemma_accel.kernels.light_conv import light_conv, light_conv_ref
 from tests.accuracy import assert_no_less_accurate
 from tests.kernels import crosscompile
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 from tests.kernels.test_rms_norm import stock as stock_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

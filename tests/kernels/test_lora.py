@@ -24,7 +24,6 @@ from gemma_accel.kernels.lora import (
 )
 from gemma_accel.kernels.nf4 import NF4Weight, nf4_dequantize_ref, nf4_weight
 from tests.accuracy import assert_no_less_accurate
-from tests.kernels.test_nf4 import interpreter_rounds_to_nearest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 K = 128
@@ -37,11 +36,6 @@ GROUPS = {
     "three": [(192, 8, 16), (64, 8, 16), (64, 8, 16)],
     "uneven": [(128, 8, 16), (64, 4, 16), (192, 16, 8)],
 }
-
-
-@pytest.fixture(autouse=True)
-def sound_interpreter(monkeypatch):
-    interpreter_rounds_to_nearest(monkeypatch)
 
 
 class Group(nn.Module):

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from gemma_accel.kernels.lora import Projection
 from gemma_accel.kernels.mlp import gated_mlp
 from tests.accuracy import assert_no_less_accurate
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401 - autouse
 
 D, WIDTH, R = 24, 40, 4
 KEEPS = list(itertools.product([True, False], [None, 6]))

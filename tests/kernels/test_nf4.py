@@ -9,37 +9,12 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from gemma_accel.kernels import nf4 as module
-from gemma_accel.kernels._triton import interpreting
 from gemma_accel.kernels.nf4 import nf4_dequantize, nf4_dequantize_ref, nf4_refusal, nf4_weight
 from tests.kernels import crosscompile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # blocks that straddle rows, one row, a last word that is cut, several programs, several absmax2
 SHAPES = [(64, 48), (3, 10), (1, 64), (7, 30), (5, 130), (96, 64), (33, 1024), (300, 64)]
-
-
-def interpreter_rounds_to_nearest(monkeypatch) -> None:
-    """Triton's interpreter truncates float32 to bfloat16 (3.6 to 3.9); cards round to nearest."""
-    if not interpreting():
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast = InterpreterBuilder.cast_impl
-
-    def cast_impl(self, src, dst_type):
-        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
-            return cast(self, src, dst_type)
-        rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16).numpy()
-        return TensorHandle(rounded.view(np.uint16), dst_type.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
-
-
-@pytest.fixture(autouse=True)
-def sound_interpreter(monkeypatch):
-    interpreter_rounds_to_nearest(monkeypatch)
 
 
 def quantised(shape, dtype, *, nested=True, blocksize=64, device="cpu", quant_type="nf4"):

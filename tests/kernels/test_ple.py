@@ -12,7 +12,6 @@ from gemma_accel.kernels.ple import HostRows, gather_rows, gather_rows_ref, ple_
 from gemma_accel.kernels.rms_norm import row_tile
 from tests.accuracy import assert_no_less_accurate
 from tests.kernels import crosscompile
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 from tests.kernels.test_rms_norm import stock as stock_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -5,43 +5,12 @@ import torch
 from torch import Tensor
 
 from gemma_accel.kernels import rms_norm as module
-from gemma_accel.kernels._triton import interpreting
 from gemma_accel.kernels.rms_norm import rms_norm, rms_norm_ref, row_tile
 from tests.accuracy import assert_no_less_accurate
 from tests.kernels import crosscompile
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 64), (3, 5, 40), (2, 3, 2, 256), (7, 8), (600, 8), (2, 1536), (1, 8192)]
-
-
-@pytest.fixture(autouse=True)
-def sound_interpreter(monkeypatch):
-    """Mends two faults of Triton's interpreter, so that it computes what a card would.
-
-    It truncates float32 to bfloat16 (3.6 to 3.9) where the hardware rounds to nearest even, and
-    in 3.6 a loop bound read at run time needs a NumPy older than 2.4.
-    """
-    if not interpreting():
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    builder = interpreter.InterpreterBuilder
-    cast, patch_tensor = builder.cast_impl, interpreter._patch_lang_tensor
-
-    def cast_impl(self, src, dst_type):
-        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
-            return cast(self, src, dst_type)
-        rounded = torch.from_numpy(np.array(src.data)).bfloat16().view(torch.int16).numpy()
-        return interpreter.TensorHandle(rounded.view(np.uint16), dst_type.scalar)
-
-    def patch_lang_tensor(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(builder, "cast_impl", cast_impl)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_lang_tensor)
 
 
 def stock(x: Tensor, weight: Tensor | None, eps: float = 1e-6) -> Tensor:

@@ -11,7 +11,6 @@ from gemma_accel.kernels.qk_norm_rope import head_tile
 from gemma_accel.kernels.vision_qkv import vision_qkv, vision_qkv_ref
 from tests.accuracy import assert_no_less_accurate
 from tests.kernels import crosscompile
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 from tests.kernels.test_rms_norm import stock as stock_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,7 +14,6 @@ import gemma_accel.patches.audio  # noqa: F401  kernels are interpreted if defin
 from gemma_accel.patches.clipped import prepare_for_peft
 from gemma_accel.patches.seams import Fused
 from tests import media, tiny
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 from tests.media import total_error, tower_gradients
 
 SOUNDS = {k: v for k, v in media.inputs(sounds=2).items() if k.startswith("input_features")}

@@ -14,7 +14,6 @@ import gemma_accel.patches.vision  # noqa: F401  kernels are interpreted if defi
 from gemma_accel.patches.clipped import held, prepare_for_peft
 from gemma_accel.patches.seams import Fused
 from tests import media, tiny
-from tests.kernels.test_rms_norm import sound_interpreter  # noqa: F401  an autouse fixture
 from tests.media import total_error, tower_gradients
 
 IMAGES = {
