@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -9,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from trl import SFTConfig, SFTTrainer
 
 import gemma_accel
+import gemma_accel.loading
 from gemma_accel.collators import DataCollatorForMultimodalLanguageModeling
 from tests import media
 from tests.media import chat, picture, sound
@@ -153,3 +161,64 @@ def test_a_text_only_run_leaves_the_towers_alone(tmp_path):
         peft_config=LoraConfig(r=2),
     )
     assert "vision_tower" in report.notes["towers"] and "parked" in report.notes["towers"]
+
+
+# -- the example scripts, each in a process of its own --
+
+DRIVER = """
+import runpy, sys
+from transformers import AutoProcessor
+from trl.kernels import chunked_logprob
+from tests import media
+from tests.test_callback import TorchLogProb
+
+# AutoProcessor wants torchvision; and TRL 1.15 wants a card for its LM head
+AutoProcessor.from_pretrained = lambda *args, **kwargs: media.processor()
+if not hasattr(chunked_logprob, "_use_triton"):
+    import trl.trainer.utils
+    trl.trainer.utils._ChunkedLogProbFunction = TorchLogProb
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(
+    "prepare_for_peft" not in inspect.getsource(gemma_accel.loading),
+    reason="the load path does not prepare a model for PEFT",
+)
+@pytest.mark.parametrize("script", ["sft_vision.py", "sft_audio.py"])
+def test_examples(script, tmp_path):
+    root = Path(__file__).parent.parent
+    model = media.model()
+    model.save_pretrained(tmp_path / "model")
+    rows = []
+    for index, row in enumerate(IMAGES if script == "sft_vision.py" else SOUNDS):
+        row = dict(row)
+        for number, image in enumerate(row.get("images", ())):
+            image.save(tmp_path / f"{index}-{number}.png")
+        if "images" in row:
+            row["images"] = [f"{index}-{number}.png" for number in range(len(row["images"]))]
+        rows.append(json.dumps(row))
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    extra = ["--soft-tokens", "70"] if script == "sft_vision.py" else []
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DRIVER, str(root / "examples" / script)]
+        + ["--model", "model", "--dataset", "data.jsonl", "--max-steps", "2", *extra],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(root),
+            "TRITON_INTERPRET": "0",
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": "1",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = tmp_path / script.removesuffix(".py").replace("_", "-")
+    stock = PeftModel.from_pretrained(media.model(), output)
+    tower, other = ("vision", "audio") if script == "sft_vision.py" else ("audio", "vision")
+    adapted = {n for n, m in stock.named_modules() if hasattr(m, "lora_A")}
+    assert any(f"{tower}_tower" in n for n in adapted)
+    assert not any(f"{other}_tower" in n for n in adapted)

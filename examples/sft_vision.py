@@ -1,0 +1,1 @@
+../gemma_accel/examples/sft_vision.py

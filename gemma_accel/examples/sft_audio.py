@@ -1,0 +1,125 @@
+"""Fine-tune Gemma 4 on sounds with TRL: a stock script, one line, and a collator for sounds.
+
+    python sft_audio.py --model google/gemma-4-E2B-it --dataset speech.jsonl --load-in-4bit
+
+The one line is `import gemma_accel.auto`. The dataset is a hub id or a .jsonl file: "messages" (or
+"prompt" and "completion") with an {"type": "audio"} part where a sound goes, and the sounds in
+"audio", in a file as paths (or as samples). A row may have a sound of up to thirty seconds,
+several, or none; it may have pictures in "images" besides.
+
+Adapters go into the language model and the audio encoder. PEFT alone refuses the encoder's layers
+by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import Audio, Dataset, load_dataset
+from peft import LoraConfig
+from transformers import AutoProcessor, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+import gemma_accel.auto  # noqa: F401 - the one line
+from gemma_accel.collators import DataCollatorForMultimodalLanguageModeling
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONFORMER = ["post", "ffw_layer_1", "ffw_layer_2", "linear_start", "linear_end"]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fine-tune Gemma 4 on sounds with TRL.")
+    parser.add_argument("--model", required=True, help="a directory or a hub id")
+    parser.add_argument("--dataset", required=True, help="a .jsonl file or a hub id")
+    parser.add_argument("--output-dir", default="sft-audio")
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="QLoRA: the frozen weights in NF4"
+    )
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--lora-alpha", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--max-steps", type=int, default=-1, help="default: one epoch")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--gradient-accumulation-steps", type=int, default=1)
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens a row is cut to")
+    parser.add_argument("--see", action="store_true", help="adapters in the vision encoder too")
+    parser.add_argument("--logging-steps", type=int, default=1)
+    parser.add_argument(
+        "--gpu-memory-gib", type=float, help="let the allocator have no more than this"
+    )
+    return parser.parse_args()
+
+
+def dataset(name: str) -> Dataset:
+    if not Path(name).is_file():
+        rows = load_dataset(name, split="train")
+        decodes = isinstance(rows.features.get("audio"), Audio)
+        return rows.cast_column("audio", Audio(sampling_rate=16_000)) if decodes else rows
+    folder = Path(name).resolve().parent
+    rows = load_dataset("json", data_files=name, split="train")
+
+    def absolute(row: dict) -> dict:
+        sounds = row["audio"] or []
+        paths = [sounds] if isinstance(sounds, str) else sounds
+        return {"audio": [str(folder / p) if isinstance(p, str) else p for p in paths]}
+
+    return rows.map(absolute)
+
+
+def main() -> None:
+    args = arguments()
+    cuda = torch.cuda.is_available()
+    if cuda and args.gpu_memory_gib:
+        total = torch.cuda.get_device_properties().total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gpu_memory_gib * 2**30 / total))
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = "bfloat16" if bf16 else "float16" if cuda else "float32"
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    processor = AutoProcessor.from_pretrained(args.model)
+    trainer = SFTTrainer(
+        model=args.model,
+        args=SFTConfig(
+            output_dir=args.output_dir,
+            model_init_kwargs={"dtype": dtype},
+            learning_rate=args.learning_rate,
+            lr_scheduler_type="linear",
+            max_steps=args.max_steps,
+            num_train_epochs=1,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            # the collator takes the rows as they are
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            bf16=bf16,
+            fp16=cuda and not bf16,
+            optim="adamw_8bit" if cuda else "adamw_torch",
+            logging_steps=args.logging_steps,
+            report_to="none",
+        ),
+        data_collator=DataCollatorForMultimodalLanguageModeling(
+            processor, max_length=args.max_length
+        ),
+        train_dataset=dataset(args.dataset),
+        processing_class=processor,
+        quantization_config=quantization if args.load_in_4bit else None,
+        peft_config=LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            target_modules=[*LINEARS, *CONFORMER],
+            exclude_modules=None if args.see else r".*vision_tower.*",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    trainer.log_metrics("train", trainer.train().metrics)
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()
