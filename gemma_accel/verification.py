@@ -1,31 +1,32 @@
 """verify(): does this model, on this card, train the same with the patches as without?
 
-The model itself is the reference: a second one would not fit an 8 GB card. Its patches are taken out,
-a small batch runs stock, and then the patches come back one after the other, in the order in which
-`apply` installs them; after each the batch runs again. A patch after which something is off is named,
-taken out again, and the next is tried without it.
+The model itself is the reference: a second one would not fit an 8 GB card. Its patches are taken
+out, a small batch runs stock, and then the patches come back one after the other, in the order in
+which `apply` installs them; after each the batch runs again. A patch after which something is off
+is named, taken out again, and the next is tried without it.
 
 *What is compared.* Two runs in bfloat16 drift apart layer by layer until a fault of a few per cent
 drowns, so a patched run is brought back on course at every layer: the stock run's hidden state is
 what enters it, and the stock run's gradient is what enters its backward. What a layer makes of them
-(its output, its attention's, its MLP's, the gradient it hands down and those of its parameters) then
-differs by that layer's own rounding alone. The loss is compared in a run that is left to itself, and
-so are the gradients, as one vector, with all patches in.
+(its output, its attention's, its MLP's, the gradient it hands down and its parameters') then
+differs by that layer's own rounding alone. The loss is compared in a run that is left to itself,
+and so are the gradients, as one vector, with all patches in.
 
-*The budget.* Stock is nudged: the same runs, with every hidden state and gradient that enters a layer
-moved by up to half a unit in the last place of the dtype that the model computes in. What that
-changes is what rounding alone can do to each quantity. Two correct computations round independently,
-so they differ by sqrt(2) times one's own error, and the largest of many errors spreads by about 2
-from draw to draw: a patched run may differ by 4 times the nudged runs' largest difference. Layers of one
-kind share their budget. Three numbers are held so: the difference's 2-norm, its largest element, and
-its part along stock's own value, which random rounding does not have and a wrong factor does. Where
-nudging moves nothing, a unit in the last place is allowed.
+*The budget.* Stock is nudged: the same runs, with every hidden state and gradient that enters a
+layer moved by up to half a unit in the last place of the dtype that the model computes in. What
+that changes is what rounding alone can do to each quantity. Two correct computations round
+independently, so they differ by sqrt(2) times one's own error, and the largest of many errors
+spreads by about 2 from draw to draw: a patched run may differ by 4 times the nudged runs' largest
+difference. Layers of one kind share their budget. Three numbers are held so: the difference's
+2-norm, its largest element, and its part along stock's own value, which random rounding does not
+have and a wrong factor does. Where nudging moves nothing, a unit in the last place is allowed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
@@ -36,6 +37,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4AudioLayer,
     Gemma4TextDecoderLayer,
@@ -45,8 +47,9 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from gemma_accel.budget import memory_budget
 from gemma_accel.errors import BudgetError, GemmaAccelError
 from gemma_accel.hookspecs import Patch, Undo
+from gemma_accel.memory import Mode
 from gemma_accel.models import base_model, model_device, text_model
-from gemma_accel.patches.checkpointing import graphs_patch
+from gemma_accel.patches.checkpointing import checkpointing_patch, graphs_patch
 from gemma_accel.patches.graphs import STEADY
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 from gemma_accel.patches.seams import Fused
@@ -63,12 +66,15 @@ __all__ = [
 ]
 
 MULTIPLE = 4
-"""How many times the nudged runs' difference a patched run may differ: see the module's docstring."""
+"""How many times the nudged runs' difference is allowed: see the module's docstring."""
 
 DRAWS = 2
 """Nudged runs. Each gives a number a layer; layers of a kind are pooled."""
 
 EVERYTHING = "all together"
+
+CORRECTIONS = frozenset({"audio_eager_mask"})
+"""Patches that differ from stock on purpose, which is wrong there: they are in from the start."""
 
 
 class VerificationError(GemmaAccelError):
@@ -102,7 +108,8 @@ class Row:
         loss: relative difference of the loss, of a run left to itself.
         output: worst relative difference of a layer's or block's output, from stock's input.
         gradient: worst relative difference of a gradient, from stock's input and gradient.
-        reason: why it failed or was not tried, where the numbers do not say it.
+        reason: why it failed or could not be tried, where the numbers do not say it.
+        note: why it was not compared, where that is as it should be.
     """
 
     patch: str
@@ -112,6 +119,7 @@ class Row:
     output: Measure = _NOTHING
     gradient: Measure = _NOTHING
     reason: str = ""
+    note: str = ""
     tried: bool = True
 
     @property
@@ -178,7 +186,7 @@ class Verification:
             table.add_column(column, justify="right" if column == "places" else "left")
         for row in self.rows:
             if not row.tried:
-                table.add_row(row.patch, str(row.places), "", "", "", row.reason)
+                table.add_row(row.patch, str(row.places), "", "", "", row.reason or row.note)
                 continue
             cells = [_cell(m) for m in (row.loss, row.output, row.gradient)]
             verdict = "ok" if row.ok else f"WRONG: {row.reason or _worst(row).where}"
@@ -200,7 +208,7 @@ def _worst(row: Row) -> Measure:
 
 
 def verify(model: Any, *, rtol: float | None = None) -> Verification:
-    """Run a small batch through the model patched and stock, and say, patch by patch, whether they agree.
+    """Run a small batch through the model patched and stock, and compare, patch by patch.
 
     Args:
         model: what `apply` takes, applied or not: where it is not, the patches that `apply` would
@@ -213,7 +221,7 @@ def verify(model: Any, *, rtol: float | None = None) -> Verification:
     Raises:
         UnsupportedModelError, ForeignPatchError: as `apply`.
         VerificationError: somebody wrapped a patched module, so the stock model cannot be had; or
-            the stock model itself gives no finite loss.
+            the stock model's own loss or gradients are not finite.
     """
     base = base_model(model)
     patches = _Patches(base)
@@ -231,10 +239,10 @@ def verify(model: Any, *, rtol: float | None = None) -> Verification:
 
 
 def verify_before_training(trainer: Any) -> Verification | None:
-    """`verify` as the first step of a run, where ``GEMMA_ACCEL_VERIFY=1`` asks for it; call it before the optimizer's first step.
+    """`verify` as the first step of a run, where ``GEMMA_ACCEL_VERIFY=1`` asks for it.
 
     Raises:
-        VerificationError: it does not agree; names the patch.
+        VerificationError: the patched model does not agree with stock; names the patch.
     """
     if os.environ.get("GEMMA_ACCEL_VERIFY", "0") in ("", "0"):
         return None
@@ -242,20 +250,23 @@ def verify_before_training(trainer: Any) -> Verification | None:
     with accelerator.autocast() if accelerator is not None else contextlib.nullcontext():
         result = verify(trainer.model)
     if not result.ok:
-        names = [name for name in result.guilty if name != EVERYTHING]
-        left_out = ", ".join(map(repr, names))
-        remedy = (
-            f"Leave out {left_out} (apply(patches=[...]) takes the names of those to install)"
-            if names
-            else "Train without gemma_accel (GEMMA_ACCEL_DISABLE=1)"
-        )
-        raise VerificationError(
-            f"the model does not train as stock does with {left_out or 'all patches in'}; nothing was trained. "
-            f"{remedy}, and report this with the table:\n{result}"
-        )
+        raise VerificationError(_refusal(result))
     if (report := report_of(trainer.model)) is not None:
         report.note("verified", f"{len(result.rows)} comparisons with stock, all within rounding")
     return result
+
+
+def _refusal(result: Verification) -> str:
+    names = ", ".join(repr(name) for name in result.guilty if name != EVERYTHING)
+    remedy = (
+        f"Leave out {names} (apply(patches=[...]) takes the names of those to install)"
+        if names
+        else "Train without gemma_accel (GEMMA_ACCEL_DISABLE=1)"
+    )
+    return (
+        f"with {names or 'all patches in'} the model does not train as stock does; nothing was "
+        f"trained. {remedy}, and report this with the table:\n{result}"
+    )
 
 
 class _Comparison:
@@ -275,20 +286,8 @@ class _Comparison:
 
     def rows(self) -> list[Row]:
         self.patches.take_out()
-        for probe in self.probes:
-            self._run(probe, "record")
-            if not torch.isfinite(probe.tape["loss"]).all():
-                raise VerificationError(
-                    f"the stock model's own loss on the {probe.name} probe is {probe.tape['loss'].item()}: there is "
-                    "nothing to compare with. Check the weights."
-                )
-        for draw in range(DRAWS):
-            for probe in self.probes:
-                for mode in ("free", "held"):
-                    for key, error in self._run(probe, mode, nudge=draw + 1).items():
-                        kind = _kind(key)
-                        known = self.noise.get(kind)
-                        self.noise[kind] = error if known is None else torch.maximum(known, error)
+        self._record()
+        self._measure_noise()
         rows = []
         bad: set[str] = set()
         for patch in self.patches.in_order():
@@ -298,85 +297,130 @@ class _Comparison:
             rows.append(row)
         if not bad:
             self.patches.put_back()
-            rows.append(self._row(EVERYTHING, "", len(self.patches.places), self.probes))
+            places = len(self.patches.places)
+            rows.append(self._attempt(EVERYTHING, "", places, lambda: self._found(self.probes)))
         return rows
+
+    def _record(self) -> None:
+        """The stock runs, which everything else is compared with."""
+        for probe in self.probes:
+            self._run(probe, "record")
+            wrong = probe.not_finite()
+            if wrong and self.stations.loss_scale > 1:
+                self.stations.loss_scale = 1.0
+                probe.tape.clear()
+                self._run(probe, "record")
+                wrong = probe.not_finite()
+            if wrong:
+                raise VerificationError(
+                    f"the stock model's own {wrong} is not finite, on {probe.name}: there is "
+                    "nothing to compare with. Check the weights, or use bfloat16."
+                )
+
+    def _measure_noise(self) -> None:
+        for draw in range(DRAWS):
+            for probe in self.probes:
+                for mode in ("free", "held"):
+                    for key, error in self._run(probe, mode, nudge=draw + 1).items():
+                        known = self.noise.get(_kind(key), error)
+                        self.noise[_kind(key)] = torch.maximum(known, error)
 
     def _try(self, patch: Patch, bad: set[str]) -> Row:
         places = self.patches.of(patch)
-        needed = {patch.needs(place.module) for place in places} - {None}
-        if missing := sorted(needed & bad):  # type: ignore[type-var]
-            reason = f"not tried: it needs {missing[0]!r}"
-            return Row(patch.name, patch.modality, len(places), reason=reason, tried=False)
+        about = patch.name, patch.modality, len(places)
+        needed = {patch.needs(place.module) for place in places} & bad
+        if needed:
+            return Row(*about, reason=f"not tried: it needs {needed.pop()!r}", tried=False)
+        if patch.name in CORRECTIONS:
+            return Row(*about, note="not compared: it mends stock", tried=False)
         concerned = {_modality(place.path) for place in places}
         probes = [probe for probe in self.probes if probe.modality in concerned]
         if not probes:
-            reason = "not tried: see below"
-            return Row(patch.name, patch.modality, len(places), tried=False)
-        try:
+            return Row(*about, note="not tried: see below", tried=False)
+
+        def find() -> dict[str, list[Measure]]:
             self.patches.put_in(patch)
-            row = self._row(patch.name, patch.modality, len(places), probes)
-        except Exception as error:
-            row = Row(
-                patch.name, patch.modality, len(places), reason=f"{type(error).__name__}: {error}"
-            )
+            found = self._found(probes, steady=patch is graphs_patch)
+            if patch is checkpointing_patch:
+                self._find_in_modes(probes, found)
+            return found
+
+        row = self._attempt(*about, find)
         if not row.ok:
             self.patches.put_out(patch)
         return row
 
-    def _row(self, name: str, modality: str, places: int, probes: list[_Probe]) -> Row:
-        found: dict[str, list[Measure]] = {"loss": [], "output": [], "gradient": []}
-        # graphs are captured of batches that have kept their shape: then it is the last of several runs that counts
-        whole = name in (EVERYTHING, graphs_patch.name)
-        graphed = any(hasattr(layer, "graphs") for layer in text_model(self.patches.base).layers)
-        for probe in probes:
-            errors = self._run(
-                probe, "held"
-            )  # before graphs are captured: they would run past the stations
-            for _ in range(STEADY + 1 if whole and graphed else 1):
-                free = self._run(probe, "free", backward=whole)
-            errors |= free
-            for key, error in errors.items():
-                found[_sort(key)].append(self._judge(f"{key} ({probe.name})", key, error, probe))
-        worst = {sort: max(ms, key=_ratio, default=_NOTHING) for sort, ms in found.items()}
-        return Row(name, modality, places, **worst)
+    def _attempt(
+        self, name: str, modality: str, places: int, find: Callable[[], dict[str, list[Measure]]]
+    ) -> Row:
+        try:
+            found = find()
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            return Row(name, modality, places, reason=reason)
+        worst = [max(found[sort], key=_ratio, default=_NOTHING) for sort in _SORTS]
+        return Row(name, modality, places, loss=worst[0], output=worst[1], gradient=worst[2])
 
-    def _judge(self, where: str, key: str, error: Tensor, probe: _Probe) -> Measure:
+    def _found(self, probes: list[_Probe], *, steady: bool = True) -> dict[str, list[Measure]]:
+        """How the model as it is now compares. ``steady``: graphs are to have their part in it."""
+        found: dict[str, list[Measure]] = {sort: [] for sort in _SORTS}
+        layers: Any = text_model(self.patches.base).layers
+        steady = steady and any(getattr(layer, "graphs", None) is not None for layer in layers)
+        for probe in probes:
+            # before graphs are captured, which would run past the stations
+            self._compare(probe, "held", found)
+            # batches that have kept their shape are captured: then the last of several runs counts
+            for _ in range(STEADY if steady else 0):
+                self._run(probe, "free")
+            self._compare(probe, "free", found)
+        return found
+
+    def _find_in_modes(self, probes: list[_Probe], found: dict[str, list[Measure]]) -> None:
+        """Every way in which a layer may pay for its backward, whatever this batch's would be."""
+        text: Any = text_model(self.patches.base)
+        modes = list(Mode)
+        for shift in (0, len(modes) // 2):
+            with _kept(text), _in_modes(text, [*modes[shift:], *modes[:shift]]):
+                for probe in probes:
+                    self._compare(probe, "held", found)
+
+    def _compare(self, probe: _Probe, mode: str, found: dict[str, list[Measure]]) -> None:
+        for key, error in self._run(probe, mode).items():
+            found[_sort(key)].append(self._judge(f"{key} ({probe.name})", key, error))
+
+    def _judge(self, where: str, key: str, error: Tensor) -> Measure:
         if self.rtol is not None:
             budget = torch.full_like(error, self.rtol)
         else:
             floor = self.stations.unit * _FLOORS + 32 * torch.finfo(torch.float32).eps
             noise = self.noise.get(_kind(key), torch.zeros_like(error))
-            # a loss is one number, and the nudged runs' may happen to lie close to stock's: twice as much
-            multiple = 2 * MULTIPLE if key == "loss" else MULTIPLE
-            budget = torch.maximum(multiple * noise, floor)
+            # a loss is one number: the nudged runs' may happen to lie close to stock's
+            budget = torch.maximum((2 if key == "loss" else 1) * MULTIPLE * noise, floor)
         worst = int((error / budget).nan_to_num(nan=float("inf")).argmax())
         return Measure(error[worst].item(), budget[worst].item(), f"{where}, {_STATISTICS[worst]}")
 
-    def _run(
-        self, probe: _Probe, mode: str, *, nudge: int = 0, backward: bool = True
-    ) -> dict[str, Tensor]:
+    def _run(self, probe: _Probe, mode: str, *, nudge: int = 0) -> dict[str, Tensor]:
         """One pass; the errors of what it met, by name."""
         torch.manual_seed(0)  # the same dropout in every run
         stations = self.stations
         stations.begin(probe, mode, nudge)
         try:
-            if not self.trained:
-                with torch.no_grad():
-                    loss = probe.loss(stations)
-            else:
-                loss = probe.loss(stations)
-                if backward and loss.requires_grad:
-                    (loss * stations.loss_scale).backward()
-                    stations.gradients(self.trained)
+            with torch.set_grad_enabled(bool(self.trained)):
+                loss = probe.run(stations)
+                stations.loss(loss)
+            if loss.requires_grad:
+                (loss * stations.loss_scale).backward()
+                stations.gradients(self.trained)
+            return stations.seen()
         finally:
-            errors = stations.end()
+            stations.end()
             for _, parameter in self.trained:
                 parameter.grad = None
-        return errors
 
 
+_SORTS = ("loss", "output", "gradient")
 _STATISTICS = ("2-norm", "largest element", "along stock's value")
-# in units in the last place: a rounding is at most half a one, and what is random averages out along stock's value
+# in units in the last place: a rounding is at most half of one, and averages out along a value
 _FLOORS = torch.tensor([1.0, 2.0, 0.25], dtype=torch.float64)
 
 
@@ -397,12 +441,13 @@ def _sort(key: str) -> str:
 
 
 def _errors(ours: Tensor, stock: Tensor, *, activations: bool) -> Tensor:
-    """Relative difference, float64 [3]: 2-norm, largest element, part along ``stock``. Not finite is infinite.
+    """Relative difference, float64 [3]: 2-norm, largest element, part along ``stock``.
 
-    The last is asked of activations [..., D] and their gradients. Random errors have such a part too: if each
-    token's are its own, 1/sqrt(n) of their size, n being the tokens that matter (a gradient may be ruled by few:
-    n is the participation ratio of their squares). Four times that is taken off. A parameter's gradient
-    is a sum over tokens, so nothing is known of its share.
+    What is not finite is infinite. The last is asked of activations [..., D] and their gradients.
+    Random errors have such a part too: if each token's are its own, 1/sqrt(n) of their size, n
+    being the tokens that matter (a gradient may be ruled by few: n is the participation ratio of
+    their squares). Four times that is taken off. A parameter's gradient is a sum over tokens, so
+    nothing is known of its share.
     """
     s = stock.double()
     d = ours.double() - s
@@ -410,7 +455,7 @@ def _errors(ours: Tensor, stock: Tensor, *, activations: bool) -> Tensor:
     size = squares.sum().sqrt()
     if size == 0:
         same = not bool(d.any())
-        return torch.full((3,), 0.0 if same else float("inf"), dtype=torch.float64)
+        return torch.zeros(3, dtype=torch.float64) if same else _INFINITE
     norm = torch.linalg.vector_norm(d) / size
     along = norm * 0
     if activations:
@@ -433,10 +478,9 @@ class _Probe:
     mask: Tensor | None = None
     tape: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
-    def loss(self, stations: _Stations) -> Tensor:
-        loss = self.run(stations)
-        stations.loss(loss)
-        return loss
+    def not_finite(self) -> str:
+        """The name of the first thing on the tape that is not finite, "" where all is."""
+        return next((key for key, x in self.tape.items() if not torch.isfinite(x).all()), "")
 
 
 def _probes(model: Any, base: nn.Module, device: torch.device) -> tuple[list[_Probe], list[str]]:
@@ -491,8 +535,9 @@ def _tokens(base: nn.Module, length: int, device: torch.device) -> tuple[Tensor,
 
 
 def _text_probe(model: Any, base: nn.Module, device: torch.device) -> _Probe:
-    """Beyond the sliding window. Every eighth position's logits only: all of them would be gigabytes."""
-    window = getattr(base.config.get_text_config(), "sliding_window", None) or 0
+    """Beyond the sliding window. Every eighth position's logits: all would be gigabytes."""
+    config: Any = base.config
+    window = getattr(config.get_text_config(), "sliding_window", None) or 0
     ids, mask = _tokens(base, min(window + 32, 640), device)
     kept = torch.arange(ids.shape[1] % 8, ids.shape[1] - 1, 8, device=device)
     targets = ids[:, kept + 1].masked_fill(mask[:, kept + 1] == 0, -100)
@@ -521,7 +566,8 @@ def _labelled_probe(model: Any, base: nn.Module, device: torch.device) -> _Probe
 
 def _image_probe(base: nn.Module, device: torch.device) -> _Probe:
     """Two pictures of noise, the second padded, through the tower and its embedder."""
-    config: Any = base.config.vision_config
+    inner: Any = base.model
+    config = inner.config.vision_config
     wide, high = 4 * config.pooling_kernel_size, 3 * config.pooling_kernel_size
     generator = torch.Generator().manual_seed(1)
     pixels = torch.rand(2, wide * high, 3 * config.patch_size**2, generator=generator).to(device)
@@ -531,7 +577,7 @@ def _image_probe(base: nn.Module, device: torch.device) -> _Probe:
     positions = positions.to(device)
 
     def run(stations: _Stations) -> Tensor:
-        out = base.get_image_features(pixels, positions).pooler_output  # type: ignore[operator]
+        out = inner.get_image_features(pixels, positions).pooler_output
         return _tower_loss(stations, out if isinstance(out, Tensor) else torch.cat(tuple(out)))
 
     return _Probe("vision", "vision", run, (positions >= 0).all(-1))
@@ -568,6 +614,8 @@ def _tower_loss(stations: _Stations, features: Tensor) -> Tensor:
 
 _SAMPLE = 1 << 21  # elements of a gradient that are kept and compared: spread over all of it
 _ROWS = 64  # tokens of a block's output
+_INPUT = " input"
+_INFINITE = torch.full((3,), float("inf"), dtype=torch.float64)
 
 
 class _Station(torch.autograd.Function):
@@ -585,16 +633,17 @@ class _Station(torch.autograd.Function):
 
 
 class _Stations:
-    """Sit at every layer's input and behind the text layers' attention and MLP, during a run that wants them.
+    """Sit at every layer's input and behind the text layers' attention and MLP.
 
-    Modes: ``record`` puts what comes by on the probe's tape; ``held`` compares with the tape and passes on what
-    the tape has; ``free`` leaves the model alone (nudged or not) and compares what comes out.
+    Modes of a run: ``record`` puts what comes by on the probe's tape; ``held`` compares with the
+    tape and passes on what the tape has; ``free`` leaves the model alone (nudged or not) and
+    compares what comes out.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
         weight = text_model(base).embed_tokens.weight
-        dtypes = [weight.dtype]
+        dtypes: list[Any] = [weight.dtype]
         if torch.is_autocast_enabled(weight.device.type):
             dtypes.append(torch.get_autocast_dtype(weight.device.type))
         dtypes += [m.compute_dtype for m in base.modules() if type(m).__name__ == "Linear4bit"]
@@ -611,12 +660,20 @@ class _Stations:
         if mode != "free" or nudge:
             self._attach()
 
-    def end(self) -> dict[str, Tensor]:
+    def seen(self) -> dict[str, Tensor]:
+        """This run's errors. A layer, or its gradient, that never came by is infinitely off."""
+        assert self._probe is not None
+        if self._mode == "held":
+            for key in self._probe.tape:
+                if key.endswith(_INPUT) and key not in self._seen:
+                    self._seen[key] = _INFINITE
+        return self._seen
+
+    def end(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._probe = None
-        return self._seen
 
     def _attach(self) -> None:
         layers = (Gemma4TextDecoderLayer, Gemma4VisionEncoderLayer, Gemma4AudioLayer)
@@ -631,8 +688,8 @@ class _Stations:
     def _before(self, path: str, module: nn.Module) -> None:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
-                return (_Station.apply(args[0], self, f"{path} input", True), *args[1:]), kwargs
-            held = _Station.apply(kwargs["hidden_states"], self, f"{path} input", True)
+                return (_Station.apply(args[0], self, f"{path}{_INPUT}", True), *args[1:]), kwargs
+            held = _Station.apply(kwargs["hidden_states"], self, f"{path}{_INPUT}", True)
             return args, {**kwargs, "hidden_states": held}
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -691,7 +748,7 @@ class _Stations:
                     self._record(key, _sampled(gradient))
             elif gradient is None or stock is None:
                 if gradient is not None or stock is not None:
-                    self._seen[key] = torch.full((3,), float("inf"), dtype=torch.float64)
+                    self._seen[key] = _INFINITE
             elif self._mode == "held":
                 self._compare(key, _sampled(gradient), stock.to(gradient.device))
             else:
@@ -709,7 +766,7 @@ class _Stations:
 
     def _compare(self, key: str, ours: Tensor, stock: Tensor, *, activations: bool = False) -> None:
         if ours.shape != stock.shape:
-            self._seen[key] = torch.full((3,), float("inf"), dtype=torch.float64)
+            self._seen[key] = _INFINITE
         else:
             self._seen[key] = _errors(ours.detach(), stock, activations=activations)
 
@@ -750,7 +807,7 @@ class _Place:
 class _Patches:
     """Takes a model's patches out and puts them in; on leaving, all is as it was on entering.
 
-    An applied model keeps its report: the undos in it are exchanged for those of the last installation.
+    An applied model keeps its report, in which the undos are exchanged for the last installation's.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -766,27 +823,28 @@ class _Patches:
             self._read(self.report)
 
     def _read(self, report: Report) -> None:
-        """The places of an applied model: the report's records and, in the same order, its undos."""
+        """An applied model's places: the report's records and, in the same order, its undos."""
         if obstacles := [reason for check in report._checks if (reason := check())]:
             raise VerificationError(
-                f"the stock model cannot be had for comparison: {'; '.join(obstacles[:3])}. Undo that first, or verify before."
+                f"the stock model cannot be had for comparison: {'; '.join(obstacles[:3])}. Undo "
+                "that first, or verify before."
             )
         offered = {patch.name: patch for patch in registry().patches()}
         undos = report._undos[1 : 1 + len(report.applied)]  # the first lets go of the report itself
         if gone := {record.patch for record in report.applied} - offered.keys():
             raise VerificationError(
-                f"nobody offers {', '.join(map(repr, sorted(gone)))} any more: a plugin was unregistered after apply. "
-                "Register it again, or restore() and apply again."
+                f"nobody offers {', '.join(map(repr, sorted(gone)))} any more: a plugin was "
+                "unregistered after apply. Register it again, or restore() and apply again."
             )
         for record, undo in zip(report.applied, undos, strict=True):
             module = _module_at(self.base, record.path)
             self.places.append(_Place(offered[record.patch], record.path, module, undo))
 
     def __enter__(self) -> _Patches:
-        # copies that PEFT made of patched modules (`modules_to_save`): of the patch whose class they have
+        # copies that PEFT made of patched modules (`modules_to_save`): theirs whose class they have
         known = {id(place.module) for place in self.places}
-        self._copies = [
-            (module, type(module))
+        self._copies: list[tuple[nn.Module, type[Fused]]] = [
+            (module, type(module))  # type: ignore[misc]
             for module in self.base.modules()
             if isinstance(module, Fused) and type(module) is not HostPerLayerEmbedding
             if id(module) not in known
@@ -801,7 +859,8 @@ class _Patches:
 
     def __exit__(self, *_: object) -> None:
         if self.report is None:
-            self.take_out()
+            for place in reversed(self.places):
+                _out(place)
         else:
             self.put_back()
             self.report._undos[1 : 1 + len(self.places)] = [place.undo for place in self.places]  # type: ignore[misc]
@@ -811,7 +870,7 @@ class _Patches:
                 if (obstacle := getattr(place.undo, "obstacle", None))
             ]
         for module, fused in self._copies:
-            module.__class__ = fused
+            _become(module, fused)
         for weight in self._frozen:
             weight.requires_grad_(True)
 
@@ -825,25 +884,29 @@ class _Patches:
         """To the stock model, newest first."""
         for place in reversed(self.places):
             _out(place)
+        for place in self.places:
+            if place.patch.name in CORRECTIONS:
+                _in(place)
         for module, fused in self._copies:
-            module.__class__ = fused.stock  # type: ignore[attr-defined]
+            _become(module, fused.stock)
         for table in self._tables:
-            table.forward = _plain_lookup(table)
+            vars(table)["forward"] = _plain_lookup(table)
 
     def put_in(self, patch: Patch) -> None:
         for place in self.of(patch):
             _in(place)
-        for module, fused in self._copies:
-            if getattr(patch, "fused", None) is fused:
-                module.__class__ = fused
+        for module, fused in self._copies_of(patch):
+            _become(module, fused)
         self._set_policy()
 
     def put_out(self, patch: Patch) -> None:
         for place in reversed(self.of(patch)):
             _out(place)
-        for module, fused in self._copies:
-            if getattr(patch, "fused", None) is fused:
-                module.__class__ = fused.stock  # type: ignore[attr-defined]
+        for module, fused in self._copies_of(patch):
+            _become(module, fused.stock)
+
+    def _copies_of(self, patch: Patch) -> list[tuple[nn.Module, type[Fused]]]:
+        return [copy for copy in self._copies if getattr(patch, "fused", None) is copy[1]]
 
     def put_back(self) -> None:
         """All of them, in order."""
@@ -853,13 +916,13 @@ class _Patches:
             for place in self.places:
                 _in(place)
         for module, fused in self._copies:
-            module.__class__ = fused
+            _become(module, fused)
         for table in self._tables:
             vars(table).pop("forward", None)
         self._set_policy()
 
     def _set_policy(self) -> None:
-        """The memory policy that was just installed decides as the one before it, or as `apply` would let it."""
+        """The memory policy just installed decides as the one before it, or as `apply`'s would."""
         now: Any = getattr(text_model(self.base), "memory", None)
         if now is None or now is self._policy:
             return
@@ -870,6 +933,10 @@ class _Patches:
         with contextlib.suppress(BudgetError):
             gib = memory_budget(self.base, None)
             now.budget = None if gib is None else int(gib * 2**30)
+
+
+def _become(module: nn.Module, kind: type) -> None:
+    module.__class__ = kind
 
 
 def _in(place: _Place) -> None:
@@ -884,7 +951,7 @@ def _out(place: _Place) -> None:
 
 
 def _module_at(base: nn.Module, path: str) -> nn.Module:
-    """The module that was at ``path``, also where PEFT has put a wrapper around it or above it since."""
+    """The module that was at ``path``, whatever wrappers PEFT has put around it since."""
     module: Any = base
     for name in path.split(".") if path else ():
         for inside in ("", "original_module", "base_layer"):
@@ -894,7 +961,8 @@ def _module_at(base: nn.Module, path: str) -> nn.Module:
                 break
         else:
             raise VerificationError(
-                f"there is no {path!r} any more, where a patch was installed. restore(), and apply again."
+                f"there is no {path!r} any more, where a patch was installed. restore(), and apply "
+                "again."
             )
     for inside in ("original_module", "base_layer"):
         module = module._modules.get(inside, module)
@@ -913,7 +981,7 @@ def _plain_lookup(table: Any) -> Callable[[Tensor], Tensor]:
 
 @contextlib.contextmanager
 def _kept(model: nn.Module) -> Iterator[None]:
-    """Gives every module its instance attributes back: modes, what patches set, what a run leaves behind."""
+    """Gives every module its attributes back: modes, what patches set, what a run leaves behind."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield
@@ -923,6 +991,23 @@ def _kept(model: nn.Module) -> Iterator[None]:
             for name in now.keys() - attributes.keys():
                 del now[name]
             now.update(attributes)
+
+
+@contextlib.contextmanager
+def _in_modes(text: Any, modes: list[Mode]) -> Iterator[None]:
+    """The text model's layers are checkpointed, in these modes by turns. Inside `_kept`."""
+    policy = text.memory
+    budget = policy.budget
+    policy.budget = budget or 1 << 60
+    policy.modes = lambda _: [modes[i % len(modes)] for i in range(len(text.layers))]
+    for layer in text.layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    try:
+        yield
+    finally:
+        policy.budget = budget
+        del policy.modes
 
 
 @contextlib.contextmanager
@@ -940,7 +1025,7 @@ def _gradients_aside(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _adapters_awake(model: nn.Module) -> Iterator[None]:
-    """A fresh adapter's B is all zeros, which hides whatever A's side gets wrong: it holds small numbers inside."""
+    """A fresh adapter's B is all zeros, which hides what A's side gets wrong: it is not, inside."""
     asleep = [
         (parameter, parameter.data)
         for name, parameter in model.named_parameters()
