@@ -1,0 +1,255 @@
+"""W6: a training step with images or sound, adapters in the language model and the tower.
+
+    python -m benchmarks.bench_media OUT.json [--works images photos sound]
+
+One row a step, E2B in NF4, rank 16. ``images``: two pictures of 280 soft tokens and 512 tokens of
+text, no patch padded; ``photos``: two of 266 (three to four), padded as the processor pads them, so
+that stock attention needs its mask; ``sound``: thirty seconds, 750 tokens, and 256 of text. Stacks
+take their steps in turn, as in train_step, whose machinery this uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.train_step import (
+    Worker,
+    _build_apart,
+    _host_gib,
+    _measure_class,
+    _say,
+    _where,
+    run_work,
+)
+from benchmarks.works import ADAPTED
+
+PATCHES, POOLED = 2520, 9  # patches an image is padded to, and patches of a soft token
+CLIPPED = (
+    r".*TOWER\.(encoder\.)?layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|"
+    r"post|ffw_layer_\d|linear_(start|end))\.linear"
+)
+
+
+@dataclass(frozen=True)
+class Media:
+    text: int
+    grids: tuple[tuple[int, int], ...] = ()  # patches across and down
+    frames: int = 0  # of ten milliseconds
+    tower: str = "vision_tower"
+
+    @property
+    def soft_tokens(self) -> int:
+        return sum(w * h // POOLED for w, h in self.grids) + -(-self.frames // 4)
+
+
+WORKS = {
+    "images": Media(512, grids=((60, 42), (42, 60))),
+    "photos": Media(512, grids=((57, 42), (42, 57))),
+    "sound": Media(256, frames=2999, tower="audio_tower"),
+}
+
+
+def collate(rows: list[dict], config, work: Media) -> dict:
+    """One row as a processor would give it: text, then each medium between its two markers."""
+    import torch
+
+    generator = torch.Generator().manual_seed(rows[0]["seed"])
+    ids = [torch.randint(10, 250_000, (work.text,), generator=generator)]
+    batch = {}
+    for width, height in work.grids:
+        run = torch.full((width * height // POOLED,), config.image_token_id)
+        ids += [torch.tensor([config.boi_token_id]), run, torch.tensor([config.eoi_token_id])]
+    if work.grids:
+        positions = torch.full((len(work.grids), PATCHES, 2), -1)
+        for row, (width, height) in zip(positions, work.grids, strict=True):
+            grid = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
+            row[: width * height] = torch.stack(grid, -1).reshape(-1, 2)
+        pixels = torch.rand(len(work.grids), PATCHES, 768, generator=generator)
+        batch["pixel_values"] = pixels * (positions[..., :1] >= 0)
+        batch["image_position_ids"] = positions
+    if work.frames:
+        run = torch.full((work.soft_tokens,), config.audio_token_id)
+        ids += [torch.tensor([config.boa_token_id]), run, torch.tensor([config.eoa_token_index])]
+        batch["input_features"] = torch.randn(1, work.frames, 128, generator=generator)
+        batch["input_features_mask"] = torch.ones(1, work.frames, dtype=torch.bool)
+    ids = torch.cat(ids)[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, **batch}
+
+
+def worker(spec: dict) -> None:
+    import functools
+
+    import torch
+
+    if spec["cap_gib"]:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(spec["cap_gib"] * 2**30 / total)
+    torch.cuda.reset_peak_memory_stats()
+    if spec["stack"] == "gemma_accel":
+        import gemma_accel.auto  # noqa: F401 - the one line
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    work, path = WORKS[spec["work"]], spec["checkpoint"]
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        device_map={"": 0},
+        dtype=torch.bfloat16,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    for module in model.modules():  # a random checkpoint's ranges are infinite, and cost nothing
+        if type(module).__name__ == "Gemma4ClippableLinear":
+            for end, value in (("min", -3.0), ("max", 3.0)):
+                getattr(module, f"input_{end}").fill_(value)
+                getattr(module, f"output_{end}").fill_(value)
+    torch.cuda.synchronize()
+    load = torch.cuda.max_memory_reserved()
+    measure = _measure_class()(spec)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=spec["output_dir"],
+            per_device_train_batch_size=1,
+            max_steps=spec["steps"],
+            max_length=None,
+            bf16=True,
+            optim="adamw_8bit",
+            learning_rate=1e-4,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        data_collator=functools.partial(collate, config=model.config, work=work),
+        train_dataset=Dataset.from_dict({"seed": list(range(spec["steps"]))}),
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=LoraConfig(
+            r=16,
+            lora_alpha=16,
+            target_modules=f"{ADAPTED}|{CLIPPED}".replace("TOWER", work.tower),
+        ),
+        callbacks=[measure],
+    )
+    trainer.train()
+    torch.cuda.synchronize()
+    out = {
+        "load_peak_gib": load / 2**30,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "tower_adapters": sum(work.tower in n and "lora_A" in n for n, _ in model.named_modules()),
+        "host_gib": _host_gib(),
+        **measure.results(),
+    }
+    if spec["stack"] == "gemma_accel":
+        from gemma_accel.patching import report_of
+
+        report = report_of(trainer.model).to_dict()
+        out["report"], out["skipped"] = report["notes"], report["skipped"][:20]
+    _say({"result": out})
+
+
+class MediaWorker(Worker):
+    """A stack's process that runs this file."""
+
+    def __init__(self, spec: dict, log: Path) -> None:
+        self.spec, self.result, self.error = spec, None, None
+        self.log = log.open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.bench_media", "--worker", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
+        )
+
+
+def main(
+    out_json: str,
+    *,
+    works: tuple[str, ...] = tuple(WORKS),
+    stacks: tuple[str, ...] = ("trl", "gemma_accel", "gemma_accel@7"),
+    steps: int = 10,
+    warmup: int = 3,
+    profile: bool = True,
+    directory: str = "/dev/shm",
+) -> list[dict]:
+    """Run the works and write a row for each stack in each; stock first, for the ratios."""
+    logs = Path(directory) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    path, rows = _build_apart("e2b", directory), []
+    for name in works:
+        workers = []
+        for stack in stacks:
+            spec = {
+                "work": name,
+                "stack": stack.partition("@")[0],
+                "label": stack,
+                "cap_gib": float(stack.partition("@")[2] or 0) or None,
+                "checkpoint": path,
+                "steps": steps,
+                "warmup": warmup,
+                "profile": profile,
+                "output_dir": str(Path(directory) / "out"),
+            }
+            workers.append(MediaWorker(spec, logs / f"media-{name}-{stack}.log"))
+        run_work(workers)
+        for one in workers:
+            work = WORKS[name]
+            row = {k: one.spec[k] for k in ("work", "stack", "label", "cap_gib")}
+            row |= {"text_tokens": work.text, "soft_tokens": work.soft_tokens}
+            row |= one.result if one.result is not None else {"error": one.error or "no result"}
+            base = next((r for r in rows if r["work"] == name and r["stack"] == "trl"), None)
+            if base and "step_s" in base and "step_s" in row and row["stack"] != "trl":
+                row["speedup_over_trl"] = base["step_s"] / row["step_s"]
+            rows.append(row)
+            _print(row)
+        Path(out_json).write_text(json.dumps({**_where(), "rows": rows}, indent=1) + "\n")
+    return rows
+
+
+def _print(row: dict) -> None:
+    if "error" in row:
+        print(f"{row['work']:7} {row['label']:14} {row['error'][:200]}", flush=True)
+        return
+    print(
+        f"{row['work']:7} {row['label']:14} {row['step_s'] * 1e3:8.1f} ms  "
+        f"load {row['load_peak_gib']:.2f}, train {row['peak_reserved_gib']:.2f} GiB  "
+        f"{row.get('launches', 0):6} launches  {row.get('gpu_busy_ms', 0):7.1f} ms busy  "
+        f"x{row.get('speedup_over_trl', 1):.2f}  loss {row['losses'][0]:.4f} to "
+        f"{row['losses'][-1]:.4f}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(json.loads(sys.argv[2]))
+        sys.exit()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out_json")
+    parser.add_argument("--works", nargs="+", default=list(WORKS), choices=WORKS)
+    parser.add_argument("--stacks", nargs="+", default=["trl", "gemma_accel", "gemma_accel@7"])
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--no-profile", dest="profile", action="store_false")
+    parser.add_argument("--directory", default="/dev/shm")
+    options = vars(parser.parse_args())
+    main(options.pop("out_json"), **options)
