@@ -1,19 +1,22 @@
 """Which keys a query may see, without a mask: two int32 vectors instead of a T x T tensor.
 
-A packed row (documents end to end) and a padded row (one document and padding at its ends) have one thing in common: what
-a causal query sees is a run of keys. So each query carries the first key it sees, and each key the last query that sees it:
+A packed row (documents end to end) and a padded row (one document, padding at its ends) have one
+thing in common: what a causal query sees is a run of keys. So each query carries the first key it
+sees, and each key the last query that sees it:
 
     query t sees key s   <=>   first[t] <= s <= t   <=>   s <= t <= last[s]
 
-Padding sees nothing and is seen by nothing: ``first[t] = t + 1`` and ``last[s] = s - 1``. Both vectors come from a handful of
-launches on the batch, none of which the host waits for, and serve every layer.
+Padding sees nothing and is seen by nothing: ``first[t] = t + 1`` and ``last[s] = s - 1``. Both
+vectors come from a handful of launches on the batch, none of which the host waits for, and serve
+every layer.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -24,31 +27,54 @@ __all__ = [
 ]
 
 
-class Segments(NamedTuple):
-    """``first[b, t]``: first key that query t sees; ``last[b, s]``: last query that sees key s. int32 [B, T]."""
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """``first[b, t]``: first key that query t sees; ``last[b, s]``: last query that sees key s.
+
+    int32 [B, T] each. Build it once a batch and hand the same object to every layer: what a layer
+    works out about it stays with it.
+    """
 
     first: Tensor
     last: Tensor
+    _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def longest_first(self, block: int) -> Tensor:
+        """Blocks of ``block`` keys by how many queries see them, most first: int32 [B * blocks].
+
+        A large card runs all key blocks of a batch in two waves or so. Started in the order of the
+        row, long ones that come late keep a few multiprocessors busy while the rest are done. Any
+        order gives the same gradients, so one that has grown old (vectors rewritten in place, as
+        under a CUDA graph) costs time at most.
+        """
+        if block not in self._orders:
+            tokens = self.last.shape[1]
+            ends = F.pad(self.last, (0, -tokens % block), value=-1)
+            ends = ends.unflatten(1, (-1, block)).amax(-1)
+            starts = torch.arange(0, tokens, block, dtype=torch.int32, device=ends.device)
+            self._orders[block] = (ends - starts).flatten().argsort(descending=True).int()
+        return self._orders[block]
 
 
 def segments_from_position_ids(
     position_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Segments:
-    """Documents begin wherever a position is not its predecessor plus one; padding, where there is a mask, sees nothing.
+    """A document begins where a position is not its predecessor plus one, as in Transformers.
 
-    ``position_ids`` [B, T] (or [1, T] with a mask of [B, T]); ``attention_mask`` [B, T], zero on padding, which must lie at
-    the ends of a row (``is_end_padding``).
+    ``position_ids`` [B, T] (or [1, T] with a mask of [B, T]); ``attention_mask`` [B, T], zero on
+    padding, which must lie at the ends of a row (``is_end_padding``).
     """
     if position_ids.dim() != 2:
         raise ValueError(
-            f"segments_from_position_ids: position_ids must have shape [B, T], got {tuple(position_ids.shape)}."
+            "segments_from_position_ids: position_ids must have shape [B, T], "
+            f"got {list(position_ids.shape)}. Give a batch of one its first dimension."
         )
     batch, tokens = position_ids.shape
     t = torch.arange(tokens, dtype=torch.int32, device=position_ids.device)
     starts = torch.ones(batch, tokens + 1, dtype=torch.bool, device=position_ids.device)
     torch.ne(position_ids[:, 1:], position_ids[:, :-1] + 1, out=starts[:, 1:-1])
     first = torch.where(starts[:, :-1], t, 0).cummax(-1).values
-    # the end of a document is found from behind: one column left of the next start
+    # the end of a document is found from behind: one before the next start
     last = torch.where(starts[:, 1:], t, tokens).flip(-1).cummin(-1).values.flip(-1)
     documents = Segments(first.int(), last.int())
     if attention_mask is None:
@@ -60,14 +86,15 @@ def segments_from_position_ids(
 
 
 def segments_from_attention_mask(mask: Tensor) -> Segments:
-    """One document a row, from its first unmasked token to its last. ``mask`` [B, T], zero (or False) on padding.
+    """One document a row, from its first unmasked token to its last. ``mask`` [B, T].
 
-    Padding must lie at the ends of a row: left, right or both. A mask with holes is not what this says it is, and is not
-    noticed here, since looking would make the host wait: ask ``is_end_padding`` first.
+    Zero (or False) is padding, and must lie at the ends of a row: left, right or both. A mask with
+    holes is not what this says it is, and is not noticed here, since looking would make the host
+    wait: ask ``is_end_padding`` first.
     """
     if mask.dim() != 2:
         raise ValueError(
-            f"segments_from_attention_mask: mask must have shape [B, T], got {tuple(mask.shape)}. "
+            f"segments_from_attention_mask: mask must have shape [B, T], got {list(mask.shape)}. "
             "A 4-D mask cannot be expressed by segments."
         )
     tokens = mask.shape[1]
@@ -79,8 +106,11 @@ def segments_from_attention_mask(mask: Tensor) -> Segments:
 
 
 def is_end_padding(mask: Tensor) -> bool:
-    """Whether every row of ``mask`` [B, T] is padding, tokens, padding (each may be empty). Waits for the device."""
+    """Whether each row of ``mask`` [B, T] is padding, tokens, padding. Waits for the device.
+
+    Any of the three may be empty.
+    """
     valid = mask != 0
     edges = valid[:, 1:] != valid[:, :-1]
-    # at most one way into the tokens and one way out; a row that begins with tokens has only the way out
+    # one way into the tokens and one out; a row that begins with tokens has only the way out
     return bool((edges.sum(-1) + valid[:, 0].int() <= 2).all())

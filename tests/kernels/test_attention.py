@@ -1,19 +1,25 @@
-"""attention against a float64 truth, with torch's SDPA, called as transformers calls it, as the measure of accuracy.
+"""attention against a float64 truth; SDPA, called as transformers calls it, sets the budget.
 
-Where there is no card the kernels run in Triton's interpreter, which is slow: the shapes there are small, and cross tile
-borders because the interpreter's tiles are small too.
+Where there is no card the kernels run in Triton's interpreter, which is slow: the shapes there are
+small, and cross tile borders because the interpreter's tiles are small too.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from gemma_accel.kernels import attention as module
-from gemma_accel.kernels._triton import HAS_TRITON, triton
 from gemma_accel.kernels.attention import Tile, Tiles, attention, attention_ref
 from gemma_accel.kernels.segments import (
     Segments,
@@ -28,32 +34,18 @@ from tests.kernels import crosscompile
 DTYPES = [torch.float32, torch.float16]
 if DEVICE == "cuda":
     DTYPES.append(torch.bfloat16)  # tl.dot on bfloat16 is broken in the interpreter
-ONES = 10**6  # a padding mask that is all ones
-
-
-@pytest.fixture(autouse=True)
-def _interpreter_of_triton_3_6(monkeypatch):
-    """Triton 3.6's interpreter turns a one-element array into a loop bound in a way that numpy 2.4 refuses."""
-    if DEVICE == "cuda" or not HAS_TRITON or tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6):
-        return
-    import triton.runtime.interpreter as interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def make(B, N, K, T, H, dtype, scale_v=1.0):
-    """q and k as they leave Gemma 4's norms: unit root mean square per head times a weight near one, so that at scale 1 the
-    softmax is sharp. Views of [B, T, heads, H], as the model hands them over."""
+    """q and k as they leave Gemma 4's norms, views of [B, T, heads, H] as the model has them.
+
+    Unit root mean square per head times a weight near one: at scale 1 the softmax is sharp.
+    """
 
     def normed(heads):
         x = torch.randn(B, T, heads, H, device=DEVICE)
-        x = x * x.square().mean(-1, keepdim=True).rsqrt() * (1 + 0.1 * torch.randn(H, device=DEVICE))
+        weight = 1 + 0.1 * torch.randn(H, device=DEVICE)
+        x = x * x.square().mean(-1, keepdim=True).rsqrt() * weight
         return x.to(dtype).transpose(1, 2)
 
     q, k = normed(N), normed(K)
@@ -68,13 +60,17 @@ def dense(T, window, segments):
     if window is not None:
         sees = sees & (t[None, :] > t[:, None] - window)
     if segments is not None:
-        sees = sees & (t[None, None, :] >= segments.first[:, :, None]) & (t[None, :, None] <= segments.last[:, None, :])
+        sees = sees & (t[None, None, :] >= segments.first[:, :, None])
+        sees = sees & (t[None, :, None] <= segments.last[:, None, :])
     return sees[:, None], sees.any(-1)
 
 
 def stock(q, k, v, window, segments, scale):
-    """On the card transformers' sdpa_attention_forward: causal and grouped without a mask up to head_dim 256, else repeated
-    keys. On the CPU SDPA keeps float32 inside whatever the inputs, so half precision is held to eager_attention_forward."""
+    """transformers' sdpa_attention_forward: grouped if unmasked up to head_dim 256, else repeated.
+
+    On the CPU SDPA keeps float32 inside whatever the inputs, so half precision is held to
+    eager_attention_forward there.
+    """
     T, group = q.shape[2], q.shape[1] // k.shape[1]
     if DEVICE == "cpu" and q.dtype != torch.float32:
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
@@ -89,13 +85,11 @@ def stock(q, k, v, window, segments, scale):
         return out.transpose(1, 2).contiguous()
     k, v = (x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2) for x in (k, v))
     mask, sees = dense(T, window, segments)
-    mask = mask | ~sees[:, None, :, None]  # a row without keys would be NaN; what it gives is not compared
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if plain else mask, is_causal=plain and T > 1, scale=scale)
+    mask = mask | ~sees[:, None, :, None]  # a row without keys would be NaN, and is not compared
+    mask = None if plain else mask
+    causal = plain and T > 1
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return out.transpose(1, 2).contiguous()
-
-
-def truth(q, k, v, window, segments, scale):
-    return attention_ref(q, k, v, scale=scale, window=window, segments=segments)
 
 
 def gradients(fn, inputs, dout, dtype=None):
@@ -109,16 +103,19 @@ def compare(B, N, K, T, H, dtype, *, window=None, segments=None, scale=1.0):
     dout = torch.randn(B, T, N, H, device=DEVICE).to(dtype)
     sees = dense(T, window, segments)[1].expand(B, T)
     dout = dout * sees[:, :, None, None]
-    ours = gradients(lambda *x: attention(*x, scale=scale, window=window, segments=segments), (q, k, v), dout)
+    options = {"scale": scale, "window": window, "segments": segments}
+    ours = gradients(lambda *x: attention(*x, **options), (q, k, v), dout)
     eager = gradients(lambda *x: stock(*x, window, segments, scale), (q, k, v), dout)
-    exact = gradients(lambda *x: truth(*x, window, segments, scale), (q, k, v), dout, torch.float64)
+    exact = gradients(lambda *x: attention_ref(*x, **options), (q, k, v), dout, torch.float64)
     assert ours[0].shape == (B, T, N, H) and ours[0].is_contiguous()
     assert (ours[0][~sees] == 0).all(), "a row that sees nothing must be zero"
     eager = (torch.where(sees[:, :, None, None], eager[0], 0), *eager[1:])
-    # float32 only: scores reach about 4 sqrt(H), and the backward's exponent is a difference of two numbers 1.44 times that
-    # size, each rounded: an error of up to 8 sqrt(H) units in a probability, however exact the sums are
+    # float32 only: scores reach about 4 sqrt(H), and the backward's exponent is a difference of two
+    # numbers 1.44 times that size, each rounded: an error of up to 8 sqrt(H) units in a
+    # probability, however exact the sums are
     for what, a, b, c in zip(("out", "dq", "dk", "dv"), ours, eager, exact, strict=True):
-        if 1 in (T, window) and what in ("dq", "dk"):  # one key: the softmax is 1 and its gradient a difference of equal sums
+        if 1 in (T, window) and what in ("dq", "dk"):
+            # one key: the softmax is 1, its gradient a difference of equal sums
             assert a.abs().max() <= 1e-2 * dout.abs().max() * v.abs().max() * math.sqrt(H)
         else:
             assert_no_less_accurate(a, b, c, what=what, reduced=64 * max(H, T))
@@ -145,14 +142,14 @@ def test_forward_and_gradients(B, N, K, T, H, window, dtype, poisoned):
     compare(B, N, K, T, H, dtype, window=window)
 
 
-# What the launchers choose on one card or another, on a shape that crosses every border
+# What the launchers choose on one card or another
 TILES = {
     "two loops": Tile(32, 16, 4, 1),
     "one loop": Tile(16, 32, 4, 1, edges=False),
     "unchain": Tile(32, 16, 4, 1, unchain=True),
     "parts": Tile(32, 16, 4, 1, parts=2),
     "flip": Tile(32, 16, 4, 1, flip=True),
-    "split": Tile(16, 32, 4, 1, split=True),
+    "flip, unchain, one loop": Tile(32, 16, 4, 1, edges=False, unchain=True, flip=True),
 }
 
 
@@ -160,14 +157,21 @@ TILES = {
 def test_every_shape_of_tile(tile, monkeypatch, poisoned):
     monkeypatch.setattr(module, "_tiles_on", lambda *_: Tiles(tile, tile, tile))
     position_ids = torch.cat([torch.arange(n, device=DEVICE) for n in (3, 30, 1, 1, 20)])[None]
-    compare(1, 4, 1, 55, 32, torch.float32, window=19, segments=segments_from_position_ids(position_ids))
+    compare(
+        1, 4, 1, 55, 32, torch.float32, window=19, segments=segments_from_position_ids(position_ids)
+    )
 
 
-LENGTHS = {"left": [(5, 0), (0, 0)], "right": [(0, 9), (0, 1)], "both": [(3, 7), (0, 0)], "nothing but padding": [(45, 0), (2, 0)]}
+PADS = {  # left and right, a row each
+    "left": [(5, 0), (0, 0)],
+    "right": [(0, 9), (0, 1)],
+    "both": [(3, 7), (0, 0)],
+    "nothing but padding": [(45, 0), (2, 0)],
+}
 
 
 @pytest.mark.parametrize("window", [None, 11])
-@pytest.mark.parametrize("pads", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("pads", PADS.values(), ids=PADS)
 def test_padding(pads, window, poisoned):
     T = 45
     mask = torch.ones(len(pads), T, dtype=torch.long, device=DEVICE)
@@ -178,10 +182,11 @@ def test_padding(pads, window, poisoned):
     segments = segments_from_attention_mask(mask)
     compare(2, 4, 2, T, 32, torch.float32, window=window, segments=segments)
     q, k, v = make(2, 4, 2, T, 32, torch.float32)
-    grads = gradients(lambda *x: attention(*x, window=window, segments=segments), (q, k, v), torch.ones(2, T, 4, 32, device=DEVICE))
+    dout = torch.ones(2, T, 4, 32, device=DEVICE)
+    grads = gradients(lambda *x: attention(*x, window=window, segments=segments), (q, k, v), dout)
     for what, x in zip(("out", "dq", "dk", "dv"), grads, strict=True):
         x = x if what == "out" else x.transpose(1, 2)
-        assert (x[mask == 0] == 0).all(), f"{what}: padding must be exactly zero, whatever gradient arrives there"
+        assert (x[mask == 0] == 0).all(), f"{what} must be zero on padding, whatever arrives there"
 
 
 @pytest.mark.parametrize("window", [None, 8])
@@ -195,7 +200,8 @@ def test_packed_documents_equal_documents_alone(window, poisoned):
     start = 0
     for n in lengths:
         of = slice(start, start + n)
-        alone = gradients(lambda *x: attention(*x, window=window), [x[:, :, of] for x in (q, k, v)], dout[:, of])
+        document = [x[:, :, of] for x in (q, k, v)]
+        alone = gradients(lambda *x: attention(*x, window=window), document, dout[:, of])
         torch.testing.assert_close(packed[0][:, of], alone[0], rtol=1e-5, atol=1e-5)
         for a, b in zip(packed[1:], alone[1:], strict=True):
             torch.testing.assert_close(a[:, :, of], b, rtol=1e-4, atol=1e-4)
@@ -203,7 +209,7 @@ def test_packed_documents_equal_documents_alone(window, poisoned):
 
 
 def test_a_document_never_sees_another(poisoned):
-    """Not by a rounding error's breadth either: NaN in one document leaves the others as they were."""
+    """Not by a rounding error's breadth: changing one leaves the others bitwise as they were."""
     position_ids = torch.cat([torch.arange(n, device=DEVICE) for n in (10, 30, 12)])[None]
     segments = segments_from_position_ids(position_ids)
     q, k, v = make(1, 2, 1, 52, 16, torch.float32)
@@ -246,8 +252,11 @@ def test_any_layout(layout, poisoned):
 def test_each_gradient_alone(which, poisoned):
     q, k, v = make(1, 4, 2, 40, 32, torch.float32)
     dout = torch.randn(1, 40, 4, 32, device=DEVICE)
-    everything = dict(zip("qkv", gradients(lambda *x: attention(*x, window=12), (q, k, v), dout)[1:], strict=True))
-    inputs = {n: x.detach().requires_grad_(n in which) for n, x in zip("qkv", (q, k, v), strict=True)}
+    _, *grads = gradients(lambda *x: attention(*x, window=12), (q, k, v), dout)
+    everything = dict(zip("qkv", grads, strict=True))
+    inputs = {
+        n: x.detach().requires_grad_(n in which) for n, x in zip("qkv", (q, k, v), strict=True)
+    }
     out = attention(*inputs.values(), window=12)
     grads = torch.autograd.grad(out, [inputs[n] for n in which], dout)
     for n, g in zip(which, grads, strict=True):
@@ -257,14 +266,16 @@ def test_each_gradient_alone(which, poisoned):
 def test_twice_is_bitwise_the_same(poisoned):
     q, k, v = make(2, 4, 1, 45, 32, torch.float32)
     dout = torch.randn(2, 45, 4, 32, device=DEVICE)
-    for a, b in zip(gradients(attention, (q, k, v), dout), gradients(attention, (q, k, v), dout), strict=True):
-        assert torch.equal(a, b)
+    once, again = (gradients(attention, (q, k, v), dout) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 def test_gradients_keep_the_layout_of_their_inputs(poisoned):
     q, k, v = (x.requires_grad_() for x in make(1, 4, 2, 20, 16, torch.float32))
     out = attention(q, k, v)
-    for x, g in zip((q, k, v), torch.autograd.grad(out, (q, k, v), torch.ones_like(out)), strict=True):
+    for x, g in zip(
+        (q, k, v), torch.autograd.grad(out, (q, k, v), torch.ones_like(out)), strict=True
+    ):
         assert g.stride() == x.stride()
 
 
@@ -285,8 +296,14 @@ def test_reference_gradcheck():
 
 
 def test_reference_stands_in_on_the_cpu(references):
-    q, k, v = (x.cpu() for x in make(1, 2, 1, 9, 20, torch.float32))  # 20: no kernel has this head size
+    q, k, v = (
+        x.cpu() for x in make(1, 2, 1, 9, 20, torch.float32)
+    )  # 20: no kernel has this head size
     torch.testing.assert_close(attention(q, k, v, window=4), attention_ref(q, k, v, window=4))
+
+
+def floats():
+    return Segments(*[torch.zeros(1, 8, device=DEVICE)] * 2)
 
 
 @pytest.mark.parametrize(
@@ -299,12 +316,11 @@ def test_reference_stands_in_on_the_cpu(references):
         (lambda a: a.update(q=a["q"][:, :3]), ValueError, "multiple of k's, got 3 and 2"),
         (lambda a: a.update(scale=0.0), ValueError, "scale must be positive"),
         (lambda a: a.update(window=0), ValueError, "window must be at least 1"),
-        (lambda a: a.update(segments=Segments(*[torch.zeros(1, 8, device=DEVICE)] * 2)), ValueError, "segments.first must be int32"),
-        (lambda a: a.update({n: a[n][..., :12] for n in "qkv"}), ValueError, "head_dim is 12"),
-        (lambda a: a.update({n: a[n].double() for n in "qkv"}), ValueError, "dtype is torch.float64"),
+        (lambda a: a.update(segments=floats()), ValueError, "first must be int32"),
+        (lambda a: a.update({n: x[..., :12] for n, x in a.items()}), ValueError, "head_dim is 12"),
+        (lambda a: a.update({n: x.double() for n, x in a.items()}), ValueError, "is torch.float64"),
     ],
-    ids=["3-D", "cache", "repeated", "dtype", "heads", "scale", "window", "segments", "head size", "float64"],
-)  # fmt: skip
+)
 def test_clear_errors(change, error, text):
     q, k, v = make(1, 4, 2, 8, 16, torch.float32)
     arguments = {"q": q, "k": k, "v": v}
@@ -313,7 +329,7 @@ def test_clear_errors(change, error, text):
         attention(**arguments)
 
 
-# ------------------------------------------------------------------------------------------------------------- segments
+# ----------------------------------------------------------------------------------------- segments
 
 
 def visible(segments, T):
@@ -324,10 +340,12 @@ def visible(segments, T):
 
 
 def test_segments_agree_with_the_definition_from_both_ends():
-    position_ids = torch.tensor([[0, 1, 2, 0, 1, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9], [5, 6, 7, 0, 1, 2, 9, 10, 0, 0]])
+    rows = [0, 1, 2, 0, 1, 0, 0, 1, 2, 3], list(range(10)), [5, 6, 7, 0, 1, 2, 9, 10, 0, 0]
+    position_ids = torch.tensor(rows)
     mask = torch.ones(3, 10, dtype=torch.long)
     mask[0, 8:], mask[1, :2], mask[2] = 0, 0, 0
-    document = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)  # as transformers finds them
+    # as transformers finds them
+    document = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
     causal = torch.ones(10, 10, dtype=torch.bool).tril()
     same = (document[:, :, None] == document[:, None, :]) & causal
     valid = (mask[:, :, None] != 0) & (mask[:, None, :] != 0) & causal
@@ -344,7 +362,8 @@ def test_segments_agree_with_the_definition_from_both_ends():
 @pytest.mark.parametrize(
     "rows, ends",
     [
-        ([[1, 1, 1]], True), ([[0, 1, 1]], True), ([[1, 1, 0]], True), ([[0, 1, 0]], True), ([[0, 0, 0]], True),
+        ([[1, 1, 1]], True), ([[0, 1, 1]], True), ([[1, 1, 0]], True), ([[0, 1, 0]], True),
+        ([[0, 0, 0]], True),
         ([[1, 0, 1]], False), ([[0, 1, 0, 1]], False), ([[1, 1, 1], [1, 0, 1]], False),
     ],
 )  # fmt: skip
@@ -359,7 +378,22 @@ def test_segments_refuse_what_they_cannot_express():
         segments_from_position_ids(torch.arange(4))
 
 
-# ------------------------------------------------------------------------------------------------------------------ card
+@pytest.mark.parametrize("T, block", [(10, 4), (12, 4), (3, 8)])
+def test_longest_first_orders_every_block(T, block):
+    position_ids = torch.stack([torch.arange(T), torch.arange(T) % 3])
+    segments = segments_from_position_ids(position_ids)
+    blocks = -(-T // block)
+    order = segments.longest_first(block)
+    assert order.dtype == torch.int32 and sorted(order.tolist()) == list(range(2 * blocks))
+    seen = []
+    for item in order.tolist():
+        row, start = item // blocks, item % blocks * block
+        seen.append(int(segments.last[row, start : start + block].max()) - start)
+    assert seen == sorted(seen, reverse=True)
+    assert segments.longest_first(block) is order, "worked out once a batch"
+
+
+# --------------------------------------------------------------------------------------------- card
 
 
 @pytest.mark.gpu
@@ -367,7 +401,14 @@ def test_segments_refuse_what_they_cannot_express():
 @pytest.mark.parametrize("T", [1, 17, 511, 512, 513, 2048, 4097])
 @pytest.mark.parametrize(
     "N, K, H, window",
-    [(8, 1, 512, None), (8, 1, 256, 512), (8, 2, 512, None), (8, 2, 256, 512), (8, 1, 256, None), (4, 4, 128, 300)],
+    [
+        (8, 1, 512, None),
+        (8, 1, 256, 512),
+        (8, 2, 512, None),
+        (8, 2, 256, 512),
+        (8, 1, 256, None),
+        (4, 4, 128, 300),
+    ],
 )
 def test_real_heads(N, K, H, window, T, dtype, poisoned):
     compare(2 if T < 2048 else 1, N, K, T, H, dtype, window=window)
@@ -385,10 +426,12 @@ def test_real_heads_float32(H, T, poisoned):
 def test_real_heads_packed_and_padded(H, window, poisoned):
     lengths = (700, 3, 1, 512, 513, 64, 1500)
     position_ids = torch.cat([torch.arange(n, device=DEVICE) for n in lengths])[None]
-    compare(1, 8, 1, sum(lengths), H, torch.bfloat16, window=window, segments=segments_from_position_ids(position_ids))
+    segments = segments_from_position_ids(position_ids)
+    compare(1, 8, 1, sum(lengths), H, torch.bfloat16, window=window, segments=segments)
     mask = torch.ones(3, 1100, dtype=torch.long, device=DEVICE)
     mask[0, :333], mask[1, 1000:], mask[2] = 0, 0, 0
-    compare(3, 8, 2, 1100, H, torch.bfloat16, window=window, segments=segments_from_attention_mask(mask))
+    segments = segments_from_attention_mask(mask)
+    compare(3, 8, 2, 1100, H, torch.bfloat16, window=window, segments=segments)
 
 
 @pytest.mark.gpu
@@ -418,3 +461,129 @@ def test_workspace_is_small():
     returned = sum(x.numel() * x.element_size() for x in (out, *grads))
     extra = torch.cuda.max_memory_allocated() - before - returned
     assert extra <= 0.02 * (inputs + out.numel() * out.element_size())
+
+
+# -------------------------------------------------------------------------------------- other cards
+
+POINTERS = {"lse_ptr": "*fp32", "delta_ptr": "*fp32"} | {
+    name: "*i32" for name in ("first_ptr", "last_ptr", "order_ptr")
+}
+
+
+def case(which: str, capability: int, size: int) -> crosscompile.Case:
+    """One kernel as its launcher launches it on one card, for 8 heads over one, packed."""
+    tile = getattr(module.tiles(capability, size, 2), which)
+    kernel = getattr(module, f"_attention_{which}_kernel")
+    constants = {
+        "K": 1, "GROUP": 8, "GROUP_PAD": 8, "H": size, "HV": size // tile.parts,
+        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "HAS_SEGMENTS": True,
+        "WANT_DQ": True, "WANT_DK": True, "WANT_DV": True,
+        "EDGES": tile.edges, "FLIP": tile.flip, "UNCHAIN": tile.unchain, "PRECISION": "tf32",
+    }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {}
+    for name in kernel.arg_names:
+        if name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, "*bf16")
+        elif name not in constants:
+            signature[name] = "fp32" if name.startswith("scale") else "i32"
+    return crosscompile.Case(
+        f"{which} H={size}", kernel, signature, constants, tile.num_warps, tile.num_stages,
+        tuple(name for name in signature if name.endswith("_stride")), (capability,),
+    )  # fmt: skip
+
+
+def cross_compile_cases() -> list[crosscompile.Case]:
+    kernels = ("fwd", "dq", "dkv")
+    cases = [
+        case(which, capability, size)
+        for capability in crosscompile.SHARED_KIB
+        for size in (256, 512)
+        for which in kernels
+    ]
+    return cases + [case(which, 86, 128) for which in kernels]
+
+
+@pytest.mark.slow
+def test_configurations_fit_every_card():
+    rows = crosscompile.check(__name__)
+    assert len(rows) == 33
+    for row in rows:
+        assert row.fits, row
+        # A loop that takes all 255 registers may park a few words that it only reads; how many is
+        # the compiler's mood (versions differ by tens of bytes). On Hopper these are the 64 matrix
+        # descriptors of 8 bytes that a product over 512 columns has. A spilled tile is kilobytes.
+        assert row.spill_bytes <= (512 if row.capability == 90 else 96), row
+
+
+def stale_descriptors(sass: str) -> tuple[list[str], int]:
+    """Matrix descriptors whose upper half is not added to zero, and how many were looked at.
+
+    A descriptor is a base address (32 bits, so its upper half is zero) plus a constant. ptxas 12.8
+    sometimes adds the constant's upper half to a register that holds something else, and the
+    product reads what lies there: wrong gradients, or a fault.
+    """
+    lines = [re.sub(r" +", " ", line) for line in sass.splitlines()]
+    pattern = r"IADD3\.X (R\d+), (R\d+|RZ), (-?0x[0-9a-f]+), RZ, !?U?P"
+    bad, seen = [], 0
+    for i, line in enumerate(lines):
+        found = re.search(pattern, line)
+        # the swizzle's code in the top two bits, the stride in the lowest: no address has these
+        if not found or int(found[3], 16) & 0xFFFFFF00 not in (0x40000000, 0x80000000, 0xC0000000):
+            continue
+        seen += 1
+        if found[2] == "RZ":
+            continue
+        register = int(found[2][1:])
+        writers = (rf"\*/ (@!?U?P\d )?\S+ R{register}, ", rf"CS2R R{register & ~1}, ")
+        last = next(x for x in reversed(lines[:i]) if any(re.search(w, x) for w in writers))
+        if not re.search(r"RZ, RZ, RZ|SRZ|, RZ ;", last):
+            bad.append(f"{line.strip()} after {last.strip()}")
+    return bad, seen
+
+
+def main() -> None:
+    """In a process that compiles: the stale descriptors of every Hopper kernel, as JSON."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    bad, seen, cubins = [], 0, []
+    crosscompile._resources = lambda cubin: (cubins.append(cubin), (0, 0))[1]  # all it is asked for
+    for size in (256, 512):
+        for which in ("fwd", "dq", "dkv"):
+            crosscompile.compile_case(case(which, 90, size), 90)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                file.write(cubins[-1])
+                file.flush()
+                command = [tool, "-c", file.name]
+                text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found, looked_at = stale_descriptors(text)
+            bad, seen = bad + found, seen + looked_at
+    print(json.dumps([bad, seen]))
+
+
+@pytest.mark.slow
+def test_no_hopper_kernel_has_a_stale_descriptor():
+    child = subprocess.run(
+        [sys.executable, "-m", __name__],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr[-2000:]
+    bad, seen = json.loads(child.stdout.splitlines()[-1])
+    assert not bad, bad
+
+
+def test_the_search_for_stale_descriptors_finds_one():
+    stale = """
+        /*0e80*/                   IMAD.IADD R0, R228, 0x1, R57 ;
+        /*15d0*/                   IADD3 R5, P0, R0, 0x40, RZ ;
+        /*16f0*/                   IADD3.X R6, R0, -0x7fffffe0, RZ, P0, !PT ;"""
+    assert stale_descriptors(stale)[1] == 1 and len(stale_descriptors(stale)[0]) == 1
+    sound = stale.replace("IMAD.IADD R0, R228, 0x1, R57", "IMAD.MOV.U32 R0, RZ, RZ, RZ")
+    assert stale_descriptors(sound) == ([], 1)
+
+
+if __name__ == "__main__":
+    main()
