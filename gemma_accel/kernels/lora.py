@@ -110,6 +110,7 @@ def _adapter_dtype(x: Tensor, projections: Sequence[Projection], cast: bool) -> 
             continue
         if cast:
             return x.dtype
+        assert p.lora_b is not None
         dtype = dtype or p.lora_a.dtype
         if p.lora_a.dtype is not dtype or p.lora_b.dtype is not dtype:
             raise TypeError(
@@ -121,8 +122,11 @@ def _adapter_dtype(x: Tensor, projections: Sequence[Projection], cast: bool) -> 
 
 def _adapters(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """The ``A_i`` stacked, ``[sum r, K]``, and the ``B_i``, in ``dtype``: at most one launch."""
-    a = [p.lora_a for p in projections]
-    b = [_taken(p.lora_b, p) for p in projections]
+    a, b = [], []
+    for p in projections:
+        assert p.lora_a is not None and p.lora_b is not None
+        a.append(p.lora_a)
+        b.append(_taken(p.lora_b, p))
     if all(t.dtype is dtype for t in (*a, *b)):
         return a[0] if len(a) == 1 else torch.cat(a), b
     ranks = [t.shape[0] for t in a]
@@ -146,7 +150,7 @@ def _taken(parameter: Tensor, p: Projection) -> Tensor:
     return parameter if p.rows is None else parameter[p.rows[0] : p.rows[1]]
 
 
-def _all_rows(grad: Tensor, p: Projection, parameter: Tensor) -> Tensor:
+def _all_rows(grad: Tensor, p: Projection, parameter: Tensor | NF4Weight) -> Tensor:
     """The gradient of a whole parameter, given that of ``p.rows``."""
     if p.rows is None:
         return grad
@@ -204,7 +208,8 @@ def project_forward(
     another dtype work in theirs.
     """
     dtype = _adapter_dtype(x, projections, cast)
-    xa, up = None, iter(())
+    xa: Tensor | None = None
+    up: Iterator[Tensor] = iter(())
     if dtype is not None:
         adapted = [p for p in projections if p.lora_a is not None]
         stacked, matrices = _adapters(adapted, dtype)
@@ -213,7 +218,7 @@ def project_forward(
     outs = []
     for p, columns in zip(projections, _columns(projections), strict=True):
         bias = None if p.bias is None else _taken(p.bias, p).to(x.dtype)
-        if p.lora_a is None:
+        if xa is None or p.lora_a is None:
             y = F.linear(x, _dense(p, x, cast, scratch), bias)
         elif dtype is x.dtype:
             part, b = xa[:, columns], next(up).t()
@@ -257,25 +262,28 @@ def project_backward(
     rows. Outside autograd, and ``cast`` as in ``project_forward``.
     """
     grads: list[list[Tensor | None]] = [[None] * 4 for _ in projections]
-    live = [i for i, dy in enumerate(dys) if dy is not None]
+    live = [(i, dy) for i, dy in enumerate(dys) if dy is not None]
     if not live:
         return None, [Gradients() for _ in projections]
-    like = dys[live[0]]
+    like = live[0][1]
     dx = _adapters_backward(x, xa, dys, projections, needs, cast, grads, out, wide)
     late = None
     if dx is not None and dx.dtype is not like.dtype:
         late, dx = dx, None
-    scratch = _scratch(like, [projections[i] for i in live]) if needs.x else None
-    for i in live:
-        p, dy, need = projections[i], dys[i], needs.each[i]
+    scratch = _scratch(like, [projections[i] for i, _ in live]) if needs.x else None
+    for i, dy in live:
+        p, need = projections[i], needs.each[i]
         if needs.x:
             weight = _dense(p, dy, cast, scratch)
             dx = torch.mm(dy, weight, out=out) if dx is None else dx.addmm_(dy, weight)
         if need.weight:
+            assert x is not None
             grads[i][0] = _all_rows(_mm(dy.t(), x, wide or p.weight.dtype), p, p.weight)
         if need.bias:
+            assert p.bias is not None
             grads[i][1] = _all_rows(dy.sum(0, dtype=wide or p.bias.dtype), p, p.bias)
     if late is not None:
+        assert dx is not None
         dx.add_(late)  # in the wider dtype, rounded once
     return dx, [Gradients(*g) for g in grads]
 
@@ -293,40 +301,47 @@ def _adapters_backward(
 ) -> Tensor | None:
     """Fills in the gradients of adapters; returns their part of dx, in the dtype they work in."""
     live = [
-        i
+        (i, dy)
         for i, (p, dy, need) in enumerate(zip(projections, dys, needs.each, strict=True))
         if p.lora_a is not None and dy is not None and (needs.x or need.lora_a or need.lora_b)
     ]
     if not live:
         return None
-    like, adapted = dys[live[0]], [projections[i] for i in live]
+    like, adapted = live[0][1], [projections[i] for i, _ in live]
     dtype = _adapter_dtype(like, projections, cast)
+    assert dtype is not None
     stacked, matrices = _adapters(adapted, dtype)
-    if xa is None and any(needs.each[i].lora_b for i in live):
+    if xa is None and any(needs.each[i].lora_b for i, _ in live):
+        assert x is not None
         everyone = [p for p in projections if p.lora_a is not None]
         xa = _down(x.to(dtype), _adapters(everyone, dtype)[0], everyone)
 
-    down = needs.x or any(needs.each[i].lora_a for i in live)
+    down = needs.x or any(needs.each[i].lora_a for i, _ in live)
     # scaling_i dy_i B_i, side by side as in xa
     dxa = torch.empty((like.shape[0], stacked.shape[0]), dtype=dtype, device=like.device)
     of_xa, of_dxa = _columns(projections), _columns(adapted)
-    for i, p, b, columns in zip(live, adapted, matrices, of_dxa, strict=True):
-        dy = dys[i].to(dtype)
+    for (i, dy), p, b, columns in zip(live, adapted, matrices, of_dxa, strict=True):
+        dy = dy.to(dtype)
         if needs.each[i].lora_b:
+            assert xa is not None and p.lora_b is not None
             db = _mm(dy.t(), xa[:, of_xa[i]], wide or p.lora_b.dtype)
             grads[i][3] = _all_rows(db, p, p.lora_b)
         if down:
             dxa[:, columns].addmm_(dy, b, beta=0, alpha=p.scaling)
 
-    wanted = [needs.each[i].lora_a for i in live]
-    if all(wanted) and len({p.lora_a.dtype for p in adapted}) == 1:
-        da = _mm(dxa.t(), x.to(dtype), wide or adapted[0].lora_a.dtype)
-        for i, columns in zip(live, of_dxa, strict=True):
-            grads[i][2] = da[columns]
-    elif any(wanted):
-        for i, p, columns in zip(live, adapted, of_dxa, strict=True):
-            if needs.each[i].lora_a:
-                grads[i][2] = _mm(dxa[:, columns].t(), x.to(dtype), wide or p.lora_a.dtype)
+    wanted = [needs.each[i].lora_a for i, _ in live]
+    if any(wanted):
+        assert x is not None
+        dtypes = {p.lora_a.dtype for p in adapted if p.lora_a is not None}
+        if all(wanted) and len(dtypes) == 1:
+            da = _mm(dxa.t(), x.to(dtype), wide or dtypes.pop())
+            for (i, _), columns in zip(live, of_dxa, strict=True):
+                grads[i][2] = da[columns]
+        else:
+            for (i, _), p, columns in zip(live, adapted, of_dxa, strict=True):
+                if needs.each[i].lora_a:
+                    assert p.lora_a is not None
+                    grads[i][2] = _mm(dxa[:, columns].t(), x.to(dtype), wide or p.lora_a.dtype)
     if not needs.x:
         return None
     return torch.mm(dxa, stacked, out=out if dtype is like.dtype else None)
@@ -498,7 +513,7 @@ def _complaint(
                 f"project: the bias of projection {i} must have shape ({n},), got "
                 f"{tuple(p.bias.shape)}. Pass this layer's own bias."
             )
-        if p.lora_a is not None:
+        if p.lora_a is not None and p.lora_b is not None:
             r = p.lora_a.shape[0]
             if p.lora_a.shape != (r, k) or p.lora_b.shape != (n, r):
                 return ValueError(

@@ -74,7 +74,7 @@ class GatedMlpFunction(torch.autograd.Function):
         gate, up, down = projections
         used = (x if dtype is None else x.to(dtype)).reshape(-1, x.shape[-1])
         tiles, cast = _tiles(used.shape[0], tile), dtype is not None
-        out = None
+        out: Tensor | None = None
         saved = []
         for rows in tiles:
             (g, u), gate_up_a = project_forward(used[rows], (gate, up), cast=cast)
@@ -87,6 +87,7 @@ class GatedMlpFunction(torch.autograd.Function):
             else:
                 out = y.new_empty((used.shape[0], y.shape[1])) if out is None else out
                 out[rows] = y
+        assert out is not None
         flags = ctx.needs_input_grad
         each = [Gradients(*flags[i : i + 4]) for i in range(5, len(flags), 4)]
         ctx.needs, ctx.projections, ctx.cast, ctx.tiles = (flags[0], each), projections, cast, tiles
@@ -143,6 +144,7 @@ def _tile_backward(
     dproduct, of_down = project_backward(
         product, kept.down_a, [dy], (down,), Needs(True, needs.each[2:]), **how
     )
+    assert dproduct is not None
     # the gradients of gate and up take the place of the product and of its gradient
     dgate, dup = geglu_bwd(dproduct, g, u, dgate=dproduct, dup=product)
     del g, u

@@ -14,7 +14,7 @@ element and writes the element.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = ["NF4Weight", "nf4_dequantize", "nf4_dequantize_ref", "nf4_refusal", "
 BLOCK_W = 512  # words of eight codes a program: four a thread, each one 16-byte store of bfloat16
 
 
+@final  # so that `type(w) is NF4Weight` tells it from a tensor
 class NF4Weight(NamedTuple):
     """The parts of one quantised weight: tensors of the parameter that owns them, never copies."""
 
@@ -104,6 +105,7 @@ def nf4_dequantize_ref(
     first_block = first // w.blocksize
     absmax = w.absmax[first_block : -(-last // w.blocksize)]
     if w.absmax2 is not None:
+        assert w.code2 is not None and w.offset is not None
         block = torch.arange(first_block, first_block + len(absmax), device=absmax.device)
         absmax = w.code2[absmax.int()] * w.absmax2[block // w.blocksize2] + w.offset
     packed = w.packed.reshape(-1)[first // 2 : -(-last // 2)]
