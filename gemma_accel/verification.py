@@ -234,6 +234,9 @@ def verify(model: Any, *, rtol: float | None = None) -> Verification:
         stack.enter_context(_gradients_aside(model))
         stack.enter_context(_adapters_awake(model))
         model.train()
+        if device.type == "cuda":
+            # stock's activations of this batch, all kept, would not fit: E4B's are 13 GiB
+            _checkpoint(text_model(base))
         probes, notes = _probes(model, base, device)
         return Verification(_Comparison(model, patches, probes, rtol).rows(), notes)
 
@@ -402,6 +405,7 @@ class _Comparison:
     def _run(self, probe: _Probe, mode: str, *, nudge: int = 0) -> dict[str, Tensor]:
         """One pass; the errors of what it met, by name."""
         torch.manual_seed(0)  # the same dropout in every run
+        torch.clear_autocast_cache()
         stations = self.stations
         stations.begin(probe, mode, nudge)
         try:
@@ -646,7 +650,7 @@ class _Stations:
         dtypes: list[Any] = [weight.dtype]
         if torch.is_autocast_enabled(weight.device.type):
             dtypes.append(torch.get_autocast_dtype(weight.device.type))
-        dtypes += [m.compute_dtype for m in base.modules() if type(m).__name__ == "Linear4bit"]
+        dtypes += [getattr(m, "compute_dtype", None) for m in base.modules()]  # of NF4 layers
         self.unit = max(torch.finfo(dtype).eps for dtype in dtypes if dtype is not None)
         # as a scaler would: float16 has no small gradients
         self.loss_scale = 128.0 if torch.float16 in dtypes else 1.0
@@ -869,6 +873,9 @@ class _Patches:
                 for place in self.places
                 if (obstacle := getattr(place.undo, "obstacle", None))
             ]
+        for layer in text_model(self.base).layers:
+            if (graphs := getattr(layer, "graphs", None)) is not None:
+                graphs.drop()  # captured for this comparison alone
         for module, fused in self._copies:
             _become(module, fused)
         for weight in self._frozen:
@@ -993,6 +1000,14 @@ def _kept(model: nn.Module) -> Iterator[None]:
             now.update(attributes)
 
 
+def _checkpoint(text: Any, *, anew: bool = False) -> None:
+    """Checkpointing as Transformers sets it up by default, where there is none. Inside `_kept`."""
+    for layer in text.layers:
+        if anew or not layer.gradient_checkpointing:
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+
 @contextlib.contextmanager
 def _in_modes(text: Any, modes: list[Mode]) -> Iterator[None]:
     """The text model's layers are checkpointed, in these modes by turns. Inside `_kept`."""
@@ -1000,9 +1015,7 @@ def _in_modes(text: Any, modes: list[Mode]) -> Iterator[None]:
     budget = policy.budget
     policy.budget = budget or 1 << 60
     policy.modes = lambda _: [modes[i % len(modes)] for i in range(len(text.layers))]
-    for layer in text.layers:
-        layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    _checkpoint(text, anew=True)
     try:
         yield
     finally:
