@@ -32,6 +32,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4PreTrainedModel, Ge
 
 from gemma_accel.errors import GemmaAccelError
 from gemma_accel.hostmemory import FileSlice
+from gemma_accel.patches.clipped import prepare_for_peft
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 
 __all__ = ["find_tensor", "install_load_path"]
@@ -65,15 +66,18 @@ def install_load_path() -> Callable[[], None]:
     """
     if "from_pretrained" in vars(Gemma4PreTrainedModel):
         return lambda: None
-    stock_from_pretrained = Gemma4PreTrainedModel.from_pretrained.__func__
-    stock_load = Gemma4PreTrainedModel._load_pretrained_model
+    seam: Any = Gemma4PreTrainedModel  # to a type checker a method is nothing to assign to
+    stock_from_pretrained = seam.from_pretrained.__func__
+    stock_load = seam._load_pretrained_model
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if _loads.current is not None or is_deepspeed_zero3_enabled():
             return stock_from_pretrained(cls, *args, **kwargs)
         with _table_left_out() as load:
             result = stock_from_pretrained(cls, *args, **kwargs)
-            _bind(result[0] if isinstance(result, tuple) else result, load)
+            model = result[0] if isinstance(result, tuple) else result
+            _bind(model, load)
+            prepare_for_peft(model)  # PEFT wraps it before a Trainer, and so `apply`, comes by
         return result
 
     def _load_pretrained_model(
@@ -89,8 +93,8 @@ def install_load_path() -> Callable[[], None]:
         return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     from_pretrained.__doc__ = stock_from_pretrained.__doc__
-    Gemma4PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-    Gemma4PreTrainedModel._load_pretrained_model = staticmethod(_load_pretrained_model)
+    seam.from_pretrained = classmethod(from_pretrained)
+    seam._load_pretrained_model = staticmethod(_load_pretrained_model)
 
     def undo() -> None:
         for name in ("from_pretrained", "_load_pretrained_model"):
@@ -103,7 +107,8 @@ def install_load_path() -> Callable[[], None]:
 @contextlib.contextmanager
 def _table_left_out() -> Iterator[_Load]:
     """While open, text models built in this thread come without their table."""
-    stock_init = Gemma4TextModel.__init__
+    seam: Any = Gemma4TextModel
+    stock_init = seam.__init__
     load = _loads.current = _Load()
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -111,15 +116,15 @@ def _table_left_out() -> Iterator[_Load]:
         if _loads.current is load and getattr(self, _TABLE, None) is not None:
             _take_out(self)
 
-    Gemma4TextModel.__init__ = __init__
+    seam.__init__ = __init__
     try:
         yield load
     finally:
         _loads.current = None
-        Gemma4TextModel.__init__ = stock_init
+        seam.__init__ = stock_init
 
 
-def _take_out(text: nn.Module) -> None:
+def _take_out(text: Any) -> None:
     table = getattr(text, _TABLE)
     weight = table._parameters.pop("weight")
     # a plain attribute: not in state_dict, so neither reserved for nor loaded; marked, so not
@@ -131,7 +136,7 @@ def _take_out(text: nn.Module) -> None:
     text._keys_to_ignore_on_load_unexpected.add(rf"{_TABLE}\.weight")
 
 
-def _put_back(table: nn.Module) -> None:
+def _put_back(table: Any) -> None:
     weight = table.__dict__.pop("weight")
     table.__class__ = table.stock
     table._parameters["weight"] = nn.Parameter(weight.detach().clone(), requires_grad=True)
@@ -177,9 +182,8 @@ def _bind(model: Any, load: _Load) -> None:
         table.bind(load.source, requires_grad=True)
     elif load.on_cpu:
         weight = table._parameters["weight"]
-        if (
-            weight.device.type == "cpu"
-        ):  # with no device map the whole model is there, and stock moves it later
+        # with no device map the whole model is on the CPU, and stock moves it later
+        if weight.device.type == "cpu":
             table._parameters["weight"] = None
             table.__class__ = HostPerLayerEmbedding
             table._output_dtype = weight.dtype
@@ -187,13 +191,12 @@ def _bind(model: Any, load: _Load) -> None:
     elif type(table) is HostPerLayerEmbedding:
         raise GemmaAccelError(
             "the per-layer embedding table was left out of the model but its place in the "
-            "checkpoint never came by (a distributed "
-            "checkpoint?). Convert the checkpoint to safetensors, or set GEMMA_ACCEL_DISABLE=1 to "
-            "load it the stock way."
+            "checkpoint never came by (a distributed checkpoint?). Convert the checkpoint to "
+            "safetensors, or set GEMMA_ACCEL_DISABLE=1 to load it the stock way."
         )
 
 
-def _find_table(files: list[str], shape: tuple[int, int]) -> FileSlice | None:
+def _find_table(files: list[str], shape: tuple[int, ...]) -> FileSlice | None:
     for file in files:
         if not str(file).endswith(".safetensors"):
             return None

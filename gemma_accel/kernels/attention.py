@@ -52,7 +52,7 @@ def attention_ref(
     window: int | None = None,
     segments: Segments | None = None,
 ) -> Tensor:
-    """The specification, its mask written out. Softmax in float32, as stock's eager attention."""
+    """The specification, its mask written out. Scores and softmax in float32, as the kernels."""
     group, tokens = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     t = torch.arange(tokens, device=q.device)
@@ -60,12 +60,13 @@ def attention_ref(
     if window is not None:
         first = torch.maximum(first, t - window + 1)
     sees = (first[:, :, None] <= t) & (t <= t[:, None])  # [B or 1, T queries, T keys]
-    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~sees[:, None], -math.inf)
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(accumulate) @ k.to(accumulate).transpose(2, 3) * scale
+    scores = scores.masked_fill(~sees[:, None], -math.inf)
     # a query that sees nothing has a row of -inf: its softmax would be NaN, its output is zero
     blind = ~sees.any(-1)[:, None, :, None]
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    p = scores.masked_fill(blind, 0.0).softmax(-1, dtype=accumulate).masked_fill(blind, 0.0)
-    return (p.to(v.dtype) @ v).transpose(1, 2).contiguous()
+    p = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+    return (p @ v.to(accumulate)).to(v.dtype).transpose(1, 2).contiguous()
 
 
 # ------------------------------------------------------------------------------------------ kernels
