@@ -24,7 +24,7 @@ def remembered(model: nn.Module) -> Iterator[None]:
     """While open, ``model.train()`` does nothing where it was the last to be called with that mode,
     and parameters are counted once.
     """
-    base = base_model(model)
+    base: Any = base_model(model)
     owners: list[tuple[Any, str]] = []
     for owner, name, replacement in (
         (base, "num_parameters", functools.cache(base.num_parameters)),

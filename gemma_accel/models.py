@@ -58,7 +58,7 @@ def base_model(model: Any) -> nn.Module:
 
 def text_model(base: nn.Module) -> Gemma4TextModel:
     """The decoder stack of either class."""
-    inner = base.model
+    inner: Any = base.model
     return getattr(inner, "language_model", inner)
 
 

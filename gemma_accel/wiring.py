@@ -224,7 +224,7 @@ def _tell_policy(trainer: Any) -> None:
     )  # a gradient and two moments, at most in the parameter's own dtype
 
 
-def _refuse_reentrant(text: nn.Module, arguments: Any) -> None:
+def _refuse_reentrant(text: Any, arguments: Any) -> None:
     """Reentrant checkpointing computes wrong gradients where layers share keys and values; switch
     it off, loudly.
     """

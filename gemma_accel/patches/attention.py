@@ -81,7 +81,7 @@ def mask(
             **kwargs,
         )
     segments = None
-    if padding is not None and not padding.none:
+    if attention_mask is not None and padding is not None and not padding.none:
         segments = segments_from_attention_mask(attention_mask)
     if not allow_is_causal_skip:  # several documents in a row
         positions = _positions(mask_function, batch_size, q_length, device)
@@ -146,7 +146,7 @@ def _positions(mask_function: Any, batch_size: int, length: int, device: Any) ->
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -199,7 +199,7 @@ class AttentionPatch(Patch):
         kind = type(module).stock if isinstance(module, Fused) else type(module)
         return kind is Gemma4TextModel
 
-    def why_not(self, module: nn.Module) -> str | None:
+    def why_not(self, module: Any) -> str | None:
         config = module.config
         if config._attn_implementation not in ("sdpa", NAME):
             return f"the model was loaded with attn_implementation={config._attn_implementation!r}"
@@ -216,7 +216,7 @@ class AttentionPatch(Patch):
                 return f"{group} query heads share a key; the kernel covers {MAX_GROUP}"
         return None
 
-    def install(self, module: nn.Module) -> Undoing:
+    def install(self, module: Any) -> Undoing:
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
         config = module.config

@@ -51,7 +51,7 @@ class MemoryPolicy:
     device, once it is known.
     """
 
-    def __init__(self, text: nn.Module) -> None:
+    def __init__(self, text: Any) -> None:
         self.shapes = layer_shapes(text.config)
         self.vocabulary = text.config.vocab_size
         self.budget: int | None = None
@@ -77,7 +77,8 @@ class MemoryPolicy:
             passing = between_layers_bytes(
                 self.shapes,
                 [Mode.TIGHT] * len(self.shapes),
-                *hidden.shape[:2],
+                hidden.shape[0],
+                hidden.shape[1],
                 hidden.element_size(),
             )
             available = int(self.budget * (1 - SLACK)) - max(self.fixed + passing, held)
@@ -100,7 +101,8 @@ class MemoryPolicy:
         if self.budget is None:
             return False
         self.modes(hidden)
-        return self._graphed[(*hidden.shape, hidden.element_size())]
+        key = (*hidden.shape, hidden.element_size())
+        return self._graphed[key]
 
     def summary(self) -> str:
         """What was chosen, for the report: a line a batch shape."""
@@ -116,7 +118,7 @@ class MemoryPolicy:
 
     def run(
         self,
-        layer: nn.Module,
+        layer: Any,
         stock: Callable[..., Any],
         forward: Callable[..., Any],
         hidden: Tensor,
@@ -128,10 +130,9 @@ class MemoryPolicy:
         if self.budget is None or not _is_plain(stock):
             return stock(forward, hidden, *rest)
         mode = self.modes(hidden)[layer.layer_idx]
-        mlp: Any = layer.mlp
+        mlp = layer.mlp
         mlp.keep, mlp.tile = mlp_schedule(mode, hidden.shape[0] * hidden.shape[1])
-        attention: Any = layer.self_attn
-        attention.groups = head_groups(mode, self.shapes[layer.layer_idx].heads)
+        layer.self_attn.groups = head_groups(mode, self.shapes[layer.layer_idx].heads)
         if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP):
             return forward(hidden, *rest)
         # no random numbers are drawn in a layer without dropout: their state need not be saved and
@@ -142,7 +143,7 @@ class MemoryPolicy:
         return again(forward, hidden, *rest)
 
 
-def _draws(layer: nn.Module) -> bool:
+def _draws(layer: Any) -> bool:
     """Whether the layer has dropout, its adapters' included; looked up once, at its first
     recomputed forward.
     """
@@ -173,14 +174,14 @@ class CheckpointingPatch(Patch):
             type(module).stock if isinstance(module, Fused) else type(module)
         ) is Gemma4TextModel
 
-    def why_not(self, module: nn.Module) -> str | None:
+    def why_not(self, module: Any) -> str | None:
         if module.config.enable_moe_block:
             return "layers with a mixture-of-experts block are checkpointed as stock does"
         return None
 
-    def install(self, module: nn.Module) -> Undoing:
+    def install(self, module: Any) -> Undoing:
         policy = MemoryPolicy(module)
-        holders = [module, *module.layers]
+        holders: list[Any] = [module, *module.layers]
         for holder in holders:
             holder.memory = policy
 
@@ -212,7 +213,7 @@ class GraphsPatch(Patch):
             return "no CUDA device"
         return None
 
-    def install(self, module: nn.Module) -> Undoing:
+    def install(self, module: Any) -> Undoing:
         graphs = StackGraphs(module)
         module.memory.captures = True
         for layer in module.layers:

@@ -68,7 +68,7 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
+        position_embeddings: Any,  # (cos, sin); stock says Tensor
         attention_mask: Tensor | None,
         shared_kv_states: Any,
         past_key_values: Any = None,
@@ -92,7 +92,7 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
                 ), None
         query, key, value = self._qkv(hidden_states, *position_embeddings)
         query = query.transpose(1, 2)
-        if self.is_kv_shared_layer:
+        if key is None or value is None:  # another layer's
             key, value = shared_kv_states[self.layer_type]
         else:
             key, value = key.transpose(1, 2), value.transpose(1, 2)
@@ -156,6 +156,7 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
         """Projected, normed and rotated queries [B, T, N, H], and keys and values [B, T, K, H]
         where the layer has its own.
         """
+        linears: tuple[nn.Module, ...]
         if self.is_kv_shared_layer:
             linears = (self.q_proj,)
         elif self.v_proj is None:  # k_eq_v: the value is the key before its norm
@@ -210,6 +211,7 @@ _LAYER_NORMS = (
 
 
 class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
+    self_attn: Any  # the stock module or the fused one, which has `groups`
     project = Projector()
     memory: Any = None  # the `checkpointing` patch's policy
     graphs: Any = None  # the `cuda_graphs` patch's
@@ -239,7 +241,7 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         shared_kv_states: Any = None,
         position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         past_key_values: Any = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -300,6 +302,7 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         if isinstance(per_layer_input, LayerInput):
             gated = per_layer_input.gated(gate)
         else:
+            assert per_layer_input is not None
             gated = geglu(gate, per_layer_input)
         (out,) = self.project(gated, self.per_layer_projection)
         return _joint(out, hidden_states, self.post_per_layer_input_norm, scale=self.layer_scalar)

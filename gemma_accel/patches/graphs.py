@@ -17,12 +17,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gemma_accel.kernels.nf4 import NF4Weight
 from gemma_accel.patches.per_layer import LayerInput, PerLayerInputs
 from gemma_accel.patches.projections import as_projection
 
@@ -122,7 +124,7 @@ class _Replay(torch.autograd.Function):
     ) -> Tensor:
         captured.hidden.detach().copy_(hidden)
         for fixed, given in zip(captured.rest, rest, strict=True):
-            if fixed is not None:
+            if fixed is not None and given is not None:
                 fixed.copy_(given)
         captured.forward_graph.replay()
         ctx.captured, ctx.token = captured, _Token()
@@ -150,7 +152,7 @@ class StackGraphs:
     """One text model's: decides at its first layer whether a forward is replayed."""
 
     def __init__(self, text: Any) -> None:
-        self._text = weakref.ref(text)
+        self._text: Callable[[], Any] = weakref.ref(text)  # it outlives its layers' calls
         self.off = ""
         """why graphs are not used any more in this run, if so"""
         self._key: Any = None
@@ -331,7 +333,7 @@ def _identity(linear: nn.Module) -> Any:
     if isinstance(projection, str):
         return projection
     weight, _, lora_a, lora_b, scaling, _ = projection
-    packed = getattr(weight, "packed", weight)
+    packed = weight.packed if isinstance(weight, NF4Weight) else weight
     if lora_a is None or lora_b is None:
         return packed.data_ptr()
     trained = lora_a.requires_grad, lora_b.requires_grad

@@ -27,7 +27,7 @@ from gemma_accel.patches.projections import as_projection
 __all__ = ["attend_in_groups", "readable_by_heads", "rotary_pairs"]
 
 
-def rotary_pairs(attention: Gemma4TextAttention) -> int | None:
+def rotary_pairs(attention: Any) -> int | None:
     """How many leading pairs (d, d + H/2) really rotate: "proportional" RoPE leaves the others at
     angle zero.
     """
@@ -41,13 +41,15 @@ def readable_by_heads(attention: Any, x: Tensor) -> tuple[Projection, Projection
     """q_proj and o_proj as projections whose rows and columns can be taken apart; None where
     they cannot.
     """
-    pair = as_projection(attention.q_proj, x), as_projection(attention.o_proj, x)
-    for projection in pair:
-        if isinstance(projection, str) or projection.bias is not None:
+    query, out = as_projection(attention.q_proj, x), as_projection(attention.o_proj, x)
+    if isinstance(query, str) or isinstance(out, str):
+        return None
+    for projection in (query, out):
+        if projection.bias is not None:
             return None
         if isinstance(projection.weight, Tensor) and projection.weight.requires_grad:
             return None  # each slice would leave a gradient of the whole weight's size
-    return pair  # type: ignore[return-value]
+    return query, out
 
 
 def attend_in_groups(

@@ -92,7 +92,7 @@ def _head_runs_on(device: str) -> bool:
 
 
 @functools.cache
-def _forward_of(kind: type) -> Any:
+def _forward_of(kind: Any) -> Any:
     """The forward for one model class, with the class's own signature, which `generate` and the
     data collation read.
     """
@@ -145,11 +145,12 @@ class LMHeadPatch(Patch):
             return "another library bound its own forward to the model"
         return None
 
-    def install(self, module: nn.Module) -> Undoing:
+    def install(self, module: Any) -> Undoing:
         before = vars(module).get("forward")
         if before is not None:
             setattr(module, _INNER, before)
-        module.forward = types.MethodType(_forward_of(type(module)), module)
+        kind: Any = type(module)
+        module.forward = types.MethodType(_forward_of(kind), module)
         ours = vars(module)["forward"]
 
         def run() -> None:

@@ -50,7 +50,7 @@ _GROUPS = {
 
 
 def _group(module: nn.Module) -> tuple[str, tuple[str, ...]] | None:
-    return _GROUPS.get(type(module).stock if isinstance(module, Fused) else type(module))  # type: ignore[arg-type]
+    return _GROUPS.get(type(module).stock if isinstance(module, Fused) else type(module))
 
 
 class LoraPatch(Patch):

@@ -27,7 +27,7 @@ class _Slot:
     def __init__(self, owner: OffloadedInputs, tensor: Tensor, below: _Slot | None) -> None:
         self.owner, self.below = owner, below
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
-        self.host = owner.take(tensor.nbytes)
+        self.host: Tensor | None = owner.take(tensor.nbytes)
         self.copy: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
         stream = owner.stream(tensor.device)

@@ -67,6 +67,7 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
     def fetch(self, ids: Tensor) -> Rows:
         """The rows of ``ids``; their columns are read when a layer asks."""
         weight = self.weight
+        assert self.host is not None
         if (weight.data_ptr(), weight._version) != self._bound:
             # somebody wrote into the parameter or gave it other data (a resized vocabulary, a
             # strict load): that is the table now
@@ -222,7 +223,7 @@ class PerLayerInputs:
         """Columns of the table's rows, unscaled, [B, T, width]."""
         if isinstance(self._rows, Rows):
             return self._rows.columns(start, width)
-        return self._rows[..., start : start + width]  # type: ignore[return-value]
+        return self._rows[..., start : start + width]
 
     def projection(self, start: int, width: int) -> Tensor:
         """The same rows of the context projection, unscaled, [B, T, width]."""
@@ -309,17 +310,17 @@ def settle_table(model: Gemma4TextModel, device: torch.device) -> str:
     ):
         _send_away(original)
     if isinstance(original, HostPerLayerEmbedding):
-        original.host.prepare(device)
-        where = (
-            "the checkpoint file" if isinstance(original.host.source, FileSlice) else "host memory"
-        )
+        host = original.host
+        assert host is not None
+        host.prepare(device)
+        where = "the checkpoint file" if isinstance(host.source, FileSlice) else "host memory"
         if device.type != "cuda":
             return f"frozen: read from {where}"
-        return f"frozen: in {where}, way {original.host.way!r} ({original.host.why})"
+        return f"frozen: in {where}, way {host.way!r} ({host.why})"
     return f"frozen: on {original.weight.device}"
 
 
-def _bring_back(table: HostPerLayerEmbedding, device: torch.device) -> None:
+def _bring_back(table: Any, device: torch.device) -> None:
     weight = torch.empty(table.weight.shape, dtype=table._output_dtype, device=device)
     weight.copy_(table.weight.detach())
     table._parameters["weight"] = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
@@ -329,7 +330,7 @@ def _bring_back(table: HostPerLayerEmbedding, device: torch.device) -> None:
     table.__class__ = table.stock
 
 
-def _send_away(table: Gemma4TextScaledWordEmbedding) -> None:
+def _send_away(table: Any) -> None:
     weight = table.weight
     requires_grad = weight.requires_grad
     on_cpu = host_empty(tuple(weight.shape), weight.dtype)

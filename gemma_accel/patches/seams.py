@@ -49,7 +49,8 @@ class Fused:
             setattr(cls, name, getattr(cls.stock, name))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (_, *arguments), *rest = super().__reduce_ex__(max(int(protocol), 2))
+        reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
+        _, (_, *arguments), *rest = reduced
         return (_new, (self.stock, *arguments), *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -63,7 +64,7 @@ def _new(cls: type, *arguments: Any) -> Any:
     return cls.__new__(cls, *arguments)
 
 
-def swap_class(module: nn.Module, fused: type[Fused]) -> Undoing:
+def swap_class(module: Any, fused: type[Fused]) -> Undoing:
     """Give ``module`` the fused class (again, where it already has it) and return the undo to the
     stock one.
     """
@@ -125,7 +126,7 @@ class ClassSwap(Patch):
         self._why_not = why_not
 
     def matches(self, path: str, module: nn.Module) -> bool:
-        return type(module) is self.fused.stock or type(module) is self.fused
+        return type(module) in (self.fused.stock, self.fused)
 
     def why_not(self, module: nn.Module) -> str | None:
         if "forward" in vars(module):

@@ -70,7 +70,7 @@ def _media_in(trainer: Any, dataset: Any) -> str | None:
     return ", ".join(sorted(_MEDIA_COLUMNS.intersection(columns)))
 
 
-def _park(tower: nn.Module) -> None:
+def _park(tower: Any) -> None:
     if getattr(tower, "_gemma_accel_parked", None) is not None:
         return
     tower.to("cpu")
@@ -83,10 +83,10 @@ def _park(tower: nn.Module) -> None:
         return tower if probe.device.type != "cpu" else apply(fn, recurse)
 
     tower._gemma_accel_parked = hook
-    tower._apply = stay  # type: ignore[method-assign]
+    tower._apply = stay
 
 
-def _unpark(tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _unpark(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
     tower._gemma_accel_parked.remove()
     tower._gemma_accel_parked = None
