@@ -182,7 +182,8 @@ def test_kernel_equals_reference(device):
         run(rms_norm_ref, x, weight, dy, torch.float32),
         strict=True,
     ):
-        torch.testing.assert_close(a, b)
+        # a card's rsqrt is good to two units, and dx is a difference of two numbers of x's size
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=3e-5)
 
 
 def test_reference_gradients():
