@@ -4,9 +4,9 @@
         --steps 20 --no-profile --out losses.json
     python -m benchmarks.losses losses.json
 
-The largest gap at any step between the means over the seeds has to be within stock's own spread: the
-largest distance of one of its seeds from its mean. Weights are random, so this shows that nothing
-is grossly off; gradients are compared in the tests.
+The largest gap at any step between the means over the seeds has to be within stock's own spread:
+the largest distance of one of its seeds from its mean. Weights are random, so this shows little
+more than that both train; gradients are compared in the tests.
 """
 
 from __future__ import annotations
