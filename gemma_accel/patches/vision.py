@@ -4,7 +4,8 @@ A stock layer launches about ninety elementwise kernels: fourteen clamps around 
 seven norms, two rotations in two dimensions. Here there are six: the pre-norm with the clamp of
 what it feeds; q, k and v's clamps, norms and rotation; attention's clamp; each joint with the
 clamps on its two sides; the gated activation with its three. What a product takes is held by
-whoever made it, what it gives by whoever takes it, so no clamp is a pass of its own.
+whoever made it, what it gives by whoever takes it, so no clamp is a pass of its own. Attention is
+told which patches are there, where SDPA needs a mask of patches by patches.
 
 A frozen tower needs no patch to stay out of autograd: its pixels want no gradient and its ops keep
 nothing then.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4.modeling_gemma4 import (
@@ -25,10 +27,12 @@ from transformers.models.gemma4.modeling_gemma4 import (
 )
 
 from gemma_accel.hookspecs import Patch, hookimpl
+from gemma_accel.kernels._triton import use_kernel
 from gemma_accel.kernels.clip import EVERYTHING, Range, clip
 from gemma_accel.kernels.clip_geglu import clip_geglu
 from gemma_accel.kernels.clip_norm import clip_norm
 from gemma_accel.kernels.clip_norm_add import clip_norm_add
+from gemma_accel.kernels.vision_attention import supported, vision_attention
 from gemma_accel.kernels.vision_qkv import vision_qkv
 from gemma_accel.patches.clipped import (
     FusedGemma4ClippableLinear,
@@ -70,23 +74,39 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
                 hidden_states, position_embeddings, attention_mask, position_ids, **kwargs
             )
         query, key, value = self._qkv(hidden_states, *position_embeddings, joined=joined)
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        out, weights = interface(
-            self,
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
+        out, weights = self._attend(query, key, value, attention_mask, **kwargs)
         out = out.reshape(*hidden_states.shape[:-1], -1)
         out = clip(out, self._held(out)[3].input)
         (out,) = self.project(out, self.o_proj.linear)
         return (out if joined else clip(out, self.gives(out))), weights
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, N, H] from the kernel where it fits, else from whichever attention is set."""
+        dropout = self.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        if (
+            implementation == "sdpa"
+            and use_kernel(query)
+            and (mask is None or mask.dtype == torch.bool)
+            and not dropout
+            and self.scaling == 1.0
+            and supported(query, key) is None
+        ):
+            # the encoder's mask is the same for every query: which patches are there
+            seen = None if mask is None else mask[:, 0, 0]
+            return vision_attention(query, key, value, seen), None
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)(
+            self,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
 
     def joins(self) -> bool:
         """Whether the modules inside are what their ops stand in for: PEFT and hooks may differ."""

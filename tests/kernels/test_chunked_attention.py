@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
@@ -204,7 +203,7 @@ def _tanh_of(x):
     return y
 
 
-@pytest.mark.parametrize("wanted", [c for n in (1, 2) for c in itertools.combinations(LEAVES, n)])
+@pytest.mark.parametrize("wanted", [*((name,) for name in LEAVES), ("k", "q_scale")])
 def test_gradients_alone_and_in_pairs(wanted, device, poisoned):
     args = make(SHAPES["future"], torch.float32, device, RANGES["held"])
     every = run(chunked_attention, *args, RANGES["held"])

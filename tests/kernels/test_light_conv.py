@@ -138,9 +138,9 @@ def test_strides(dtype, device, poisoned):
 
 def test_sums_over_more_tiles_than_partial_sums(device, monkeypatch, poisoned):
     monkeypatch.setattr(shared, "PARTIAL_SUMS", 3)
-    inputs, dy = make((3, 200, 8, 5), torch.float32, device, WAYS["conformer"])
+    inputs, dy = make((2, 50, 64, 5), torch.float32, device, WAYS["conformer"])
     ours, eager, truth = all_three(inputs, dy, WAYS["conformer"])
-    assert_accurate(ours, eager, truth, 600)
+    assert_accurate(ours, eager, truth, 100)
 
 
 def test_no_tokens(device):

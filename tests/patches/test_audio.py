@@ -10,7 +10,6 @@ from peft import LoraConfig, get_peft_model
 from transformers.models.gemma4.modeling_gemma4 import Gemma4AudioModel
 
 import gemma_accel
-import gemma_accel.patches.audio  # noqa: F401  kernels are interpreted if defined in time
 from gemma_accel.patches.clipped import prepare_for_peft
 from gemma_accel.patches.seams import Fused
 from tests import media, tiny
