@@ -108,6 +108,17 @@ class TestApply:
         report = gemma_accel.apply(model, patches=["rms_norm", "geglu"])
         assert {record.patch for record in report.applied} == {"rms_norm", "geglu"}
 
+    def test_each_patch_works_alone(self):
+        expected = logits(tiny_model("conditional"))
+        for name in (patch.name for patch in patching.registry().patches()):
+            model = tiny_model("conditional")
+            gemma_accel.apply(model, patches=[name])
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            out = model(**batch())
+            out.loss.backward()
+            tokens = batch()["attention_mask"].bool()
+            assert torch.allclose(out.logits[tokens], expected[tokens], atol=1e-3), name
+
     def test_unknown_patch_names_those_there_are(self, model):
         with pytest.raises(ValueError, match=r"'geglue'.*There are: .*geglu"):
             gemma_accel.apply(model, patches=["geglue"])

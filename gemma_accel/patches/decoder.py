@@ -266,7 +266,7 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
             "past_key_values": past_key_values,
             **kwargs,
         }
-        if self.self_attn.groups > 1 and torch.is_grad_enabled():
+        if getattr(self.self_attn, "groups", 1) > 1 and torch.is_grad_enabled():
             # in parts: each half is replayed when its own backward comes
             again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             hidden_states = again(self._attended, hidden_states, context)
