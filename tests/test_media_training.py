@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import BitsAndBytesConfig, Gemma4ForConditionalGeneration
 from trl import SFTConfig, SFTTrainer
 
 import gemma_accel
 import gemma_accel.loading
 from gemma_accel.collators import DataCollatorForMultimodalLanguageModeling
-from tests import media
+from gemma_accel.patches.clipped import prepare_for_peft
+from tests import media, tiny
 from tests.media import chat, picture, sound
 from tests.test_callback import _quiet, _trl_on_the_cpu  # noqa: F401  fixtures
 
@@ -169,7 +171,8 @@ DRIVER = """
 import runpy, sys
 from transformers import AutoProcessor
 from trl.kernels import chunked_logprob
-from tests import media
+from gemma_accel.patches.clipped import prepare_for_peft
+from tests import media, tiny
 from tests.test_callback import TorchLogProb
 
 # AutoProcessor wants torchvision; and TRL 1.15 wants a card for its LM head
@@ -222,3 +225,38 @@ def test_examples(script, tmp_path):
     adapted = {n for n, m in stock.named_modules() if hasattr(m, "lora_A")}
     assert any(f"{tower}_tower" in n for n in adapted)
     assert not any(f"{other}_tower" in n for n in adapted)
+
+
+def test_nf4_towers(tmp_path, monkeypatch):
+    """Quantised inner linears with adapters, clipped, against stock on the same quantised model."""
+    # bitsandbytes on the CPU wants widths that are multiples of 64
+    wide = dict(head_dim=64, global_head_dim=64, num_attention_heads=2)
+    monkeypatch.setattr(tiny, "TEXT", {**tiny.TEXT, **wide, "hidden_size_per_layer_input": 64})
+    monkeypatch.setattr(tiny, "VISION", {**tiny.VISION, "hidden_size": 64, "head_dim": 32})
+    monkeypatch.setattr(tiny, "AUDIO", {**tiny.AUDIO, "hidden_size": 64, "output_proj_dims": 64})
+    media.model().save_pretrained(tmp_path)
+    inputs, results = media.inputs(images=1, sounds=1), []
+    for applied in (False, True):
+        model = Gemma4ForConditionalGeneration.from_pretrained(
+            tmp_path,
+            dtype=torch.float32,
+            quantization_config=BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+            ),
+        ).train()
+        prepare_for_peft(model)
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=NAMES, init_lora_weights=False)
+        peft = get_peft_model(model, config)
+        if applied:
+            gemma_accel.apply(peft)
+        loss = peft(**inputs).loss
+        loss.backward()
+        grads = {n: p.grad for n, p in peft.named_parameters() if p.grad is not None}
+        results.append((loss.item(), grads))
+    linear = model.model.audio_tower.layers[0].feed_forward1.ffw_layer_1.linear
+    assert type(linear.base_layer).__name__ == "Linear4bit"
+    (expected, expected_grads), (got, grads) = results
+    assert got == pytest.approx(expected, rel=1e-5) and grads.keys() == expected_grads.keys()
+    for name, gradient in expected_grads.items():
+        assert (grads[name] - gradient).norm() < 1e-3 * gradient.norm(), name
