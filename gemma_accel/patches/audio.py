@@ -85,10 +85,13 @@ class FusedGemma4AudioAttention(Fused, Gemma4AudioAttention):
         linears, ranges = self._own()[:3], self._held(hidden_states)[:3]
         products = project_held(self.project, hidden_states, linears, ranges, is_held=joined)
         by_head = (self.num_heads, self.head_dim)
+        query, key, value = (product.unflatten(-1, by_head) for product in products)
         relative = self.relative_k_proj(position_embeddings)
         q_held, k_held, v_held, post_held = self._held(products[0])
         out = chunked_attention(
-            *(product.unflatten(-1, by_head) for product in products),
+            query,
+            key,
+            value,
             relative.view(-1, *by_head),
             self.q_scale * F.softplus(self.per_dim_scale.float()),
             attention_mask,
@@ -133,7 +136,7 @@ class FusedGemma4AudioAttention(Fused, Gemma4AudioAttention):
 class FusedGemma4AudioFeedForward(Fused, Gemma4AudioFeedForward):
     project = staticmethod(call_each)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Any:
         own = self.ffw_layer_1, self.ffw_layer_2
         before, after = self.pre_layer_norm, self.post_layer_norm
         if watched(*own) or not _are_norms(before, after):
@@ -206,11 +209,12 @@ class FusedGemma4AudioLayer(Fused, Gemma4AudioLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Any,
         position_embeddings: Tensor,
         **kwargs: Any,
     ) -> Tensor:
-        attention, conv = self.self_attn, self.lconv1d
+        attention: Any = self.self_attn
+        conv: Any = self.lconv1d
         if not self._joins(attention, conv):
             return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
         hidden_states = self.feed_forward1(hidden_states)

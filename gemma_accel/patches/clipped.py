@@ -244,7 +244,7 @@ def _wrap_injection() -> None:
             spell_out_targets(self, self.peft_config[adapter_name])
         return stock(self, model, adapter_name, *args, **kwargs)
 
-    BaseTuner.inject_adapter = inject_adapter
+    BaseTuner.inject_adapter = inject_adapter  # type: ignore[method-assign]
 
 
 def _unwrap_injection() -> None:
@@ -252,7 +252,7 @@ def _unwrap_injection() -> None:
     from peft.tuners.tuners_utils import BaseTuner
 
     if getattr(BaseTuner.inject_adapter, "__wrapped__", None) is _stock_inject:
-        BaseTuner.inject_adapter = _stock_inject
+        BaseTuner.inject_adapter = _stock_inject  # type: ignore[method-assign, assignment]
     _stock_inject = None
 
 

@@ -68,7 +68,7 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
         *,
         joined: bool = False,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
         if not joined and not self.joins():
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, position_ids, **kwargs
@@ -133,8 +133,11 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
         products = project_held(self.project, x, linears, ranges, is_held=joined)
         shape = (*x.shape[:-1], -1, self.head_dim)
         q_held, k_held, v_held, _ = self._held(products[0])
+        query, key, value = (product.view(shape) for product in products)
         return vision_qkv(
-            *(product.view(shape) for product in products),
+            query,
+            key,
+            value,
             self.q_norm.weight,
             self.k_norm.weight,
             cos,
@@ -189,8 +192,9 @@ class FusedGemma4VisionEncoderLayer(Fused, Gemma4VisionEncoderLayer):
         attention_mask: Tensor | None = None,
         position_ids: Any = None,
         **kwargs: Any,
-    ) -> Tensor:
-        attention, mlp = self.self_attn, self.mlp
+    ) -> Any:
+        attention: Any = self.self_attn
+        mlp: Any = self.mlp
         if not self._joins(attention, mlp):
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, position_ids, **kwargs
