@@ -200,7 +200,7 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
         row.tokens["labelled"] = mask
         return row
 
-    def _template(self) -> dict[str, str]:
+    def _template(self) -> dict[str, Any]:
         return {} if self.chat_template is None else {"chat_template": self.chat_template}
 
     @staticmethod

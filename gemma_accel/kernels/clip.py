@@ -95,7 +95,8 @@ class ClipFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return clip_bwd(dy, *ctx.saved_tensors, ctx.to), None
+        (x,) = ctx.saved_tensors
+        return clip_bwd(dy, x, ctx.to), None
 
 
 def clip(x: Tensor, to: Range) -> Tensor:

@@ -41,14 +41,14 @@ def vision_qkv_ref(
     k_range: Range = EVERYTHING,
     v_range: Range = EVERYTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    cos, sin = (widen(t[:, :, None]).chunk(4, -1) for t in (cos, sin))
+    c, s = (widen(t[:, :, None]).chunk(4, -1) for t in (cos, sin))
 
     def norm_rope(x: Tensor, weight: Tensor, to: Range) -> Tensor:
         n = rms_norm_ref(widen(clip_ref(x, to)), weight, eps).chunk(4, -1)
         turned = []
         for i in (0, 2):  # the column's half, the row's half
-            turned.append(n[i] * cos[i] - n[i + 1] * sin[i])
-            turned.append(n[i + 1] * cos[i] + n[i] * sin[i])
+            turned.append(n[i] * c[i] - n[i + 1] * s[i])
+            turned.append(n[i + 1] * c[i] + n[i] * s[i])
         return torch.cat(turned, -1).to(x.dtype)
 
     value = rms_norm_ref(clip_ref(v, v_range), None, eps)
@@ -400,7 +400,8 @@ def vision_qkv_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, n_heads, size = q.shape
     k_heads = k.shape[2]
-    outs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    contiguous = torch.contiguous_format
+    outs = [torch.empty_like(x, memory_format=contiguous) for x in (q, k, v)]
     rows, strides = zip(*map(_token_rows, (q, k, v)), strict=True)
     block_r, block_half, num_warps = head_tile(size)
     q_programs = triton.cdiv(batch * tokens * n_heads, block_r)
@@ -429,7 +430,7 @@ def vision_qkv_fwd(
         HAS_RANGE=any(to.bounded for to in ranges),
         num_warps=num_warps,
     )
-    return outs
+    return outs[0], outs[1], outs[2]
 
 
 def vision_qkv_bwd(
