@@ -233,10 +233,11 @@ def verify(model: Any, *, rtol: float | None = None) -> Verification:
         stack.enter_context(patches)
         stack.enter_context(_gradients_aside(model))
         stack.enter_context(_adapters_awake(model))
-        model.train()
+        nn.Module.train(model)  # the model's own `train` may remember in which mode it was last
         if device.type == "cuda":
             # stock's activations of this batch, all kept, would not fit: E4B's are 13 GiB
             _checkpoint(text_model(base))
+            stack.callback(torch.cuda.empty_cache)
         probes, notes = _probes(model, base, device)
         return Verification(_Comparison(model, patches, probes, rtol).rows(), notes)
 
@@ -255,7 +256,8 @@ def verify_before_training(trainer: Any) -> Verification | None:
     if not result.ok:
         raise VerificationError(_refusal(result))
     if (report := report_of(trainer.model)) is not None:
-        report.note("verified", f"{len(result.rows)} comparisons with stock, all within rounding")
+        tried = sum(row.tried for row in result.rows)
+        report.note("verified", f"{tried} comparisons with stock, all within rounding")
     return result
 
 
@@ -397,8 +399,9 @@ class _Comparison:
         else:
             floor = self.stations.unit * _FLOORS + 32 * torch.finfo(torch.float32).eps
             noise = self.noise.get(_kind(key), torch.zeros_like(error))
-            # a loss is one number: the nudged runs' may happen to lie close to stock's
-            budget = torch.maximum((2 if key == "loss" else 1) * MULTIPLE * noise, floor)
+            # where it is one number, the nudged runs' may happen to lie close to stock's
+            single = 2 if key in ("loss", _EVERY_GRADIENT) else 1
+            budget = torch.maximum(single * MULTIPLE * noise, floor)
         worst = int((error / budget).nan_to_num(nan=float("inf")).argmax())
         return Measure(error[worst].item(), budget[worst].item(), f"{where}, {_STATISTICS[worst]}")
 
@@ -619,6 +622,7 @@ def _tower_loss(stations: _Stations, features: Tensor) -> Tensor:
 _SAMPLE = 1 << 21  # elements of a gradient that are kept and compared: spread over all of it
 _ROWS = 64  # tokens of a block's output
 _INPUT = " input"
+_EVERY_GRADIENT = "gradient of everything"
 _INFINITE = torch.full((3,), float("inf"), dtype=torch.float64)
 
 
@@ -631,7 +635,7 @@ class _Station(torch.autograd.Function):
         return stations.meet(key, x, hold)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         stations, key, hold = ctx.about
         return stations.meet(f"gradient of {key}", dy, hold), None, None, None
 
@@ -646,18 +650,21 @@ class _Stations:
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
-        weight = text_model(base).embed_tokens.weight
-        dtypes: list[Any] = [weight.dtype]
-        if torch.is_autocast_enabled(weight.device.type):
-            dtypes.append(torch.get_autocast_dtype(weight.device.type))
-        dtypes += [getattr(m, "compute_dtype", None) for m in base.modules()]  # of NF4 layers
-        self.unit = max(torch.finfo(dtype).eps for dtype in dtypes if dtype is not None)
-        # as a scaler would: float16 has no small gradients
-        self.loss_scale = 128.0 if torch.float16 in dtypes else 1.0
+        self.unit = torch.finfo(torch.float32).eps
+        self.loss_scale = 1.0
+        self._computes_in(text_model(base).embed_tokens.weight.dtype)
+        for module in base.modules():
+            self._computes_in(getattr(module, "compute_dtype", None))  # an NF4 layer's
         self._handles: list[Any] = []
         self._probe: _Probe | None = None
         self._mode, self._nudge = "free", 0
         self._seen: dict[str, Tensor] = {}
+
+    def _computes_in(self, dtype: Any) -> None:
+        if dtype is not None:
+            self.unit = max(self.unit, torch.finfo(dtype).eps)
+        if dtype is torch.float16:
+            self.loss_scale = 128.0  # as a scaler would: float16 has no small gradients
 
     def begin(self, probe: _Probe, mode: str, nudge: int) -> None:
         self._probe, self._mode, self._nudge, self._seen = probe, mode, nudge, {}
@@ -711,6 +718,8 @@ class _Stations:
         if self._probe is None:
             return x.clone()
         if self._mode == "record":
+            if torch.is_autocast_enabled(x.device.type):  # a trainer's, perhaps, inside the model
+                self._computes_in(torch.get_autocast_dtype(x.device.type))
             self._record(key, x if hold else self._rows_of(x))
         elif self._mode == "held" and key in self._probe.tape:
             stock = self._probe.tape[key].to(x.device)
@@ -761,7 +770,7 @@ class _Stations:
                 sizes.append(stock.square().sum().item())
         if self._mode == "free" and len(sizes) > 1:
             total = (sum(differences) / (sum(sizes) or 1.0)) ** 0.5
-            self._seen["gradient of everything"] = torch.tensor([total, 0, 0], dtype=torch.float64)
+            self._seen[_EVERY_GRADIENT] = torch.tensor([total, 0, 0], dtype=torch.float64)
 
     def _record(self, key: str, x: Tensor) -> None:
         assert self._probe is not None
@@ -819,6 +828,7 @@ class _Patches:
         self.report = report_of(base)
         self.places: list[_Place] = []
         self._policy = getattr(text_model(base), "memory", None)
+        self._bound: Any = None
         if self.report is None:
             _refuse_foreign(base)
             found = _candidates(base, registry().patches(), Report())
@@ -848,26 +858,27 @@ class _Patches:
         # copies that PEFT made of patched modules (`modules_to_save`): theirs whose class they have
         known = {id(place.module) for place in self.places}
         self._copies: list[tuple[nn.Module, type[Fused]]] = [
-            (module, type(module))  # type: ignore[misc]
+            (module, type(module))
             for module in self.base.modules()
-            if isinstance(module, Fused) and type(module) is not HostPerLayerEmbedding
+            if isinstance(module, Fused) and not isinstance(module, HostPerLayerEmbedding)
             if id(module) not in known
         ]
         self._tables = [m for m in self.base.modules() if type(m) is HostPerLayerEmbedding]
         self._frozen = [t.weight for t in self._tables if t.weight.requires_grad]
-        for (
-            weight
-        ) in self._frozen:  # it cannot be trained from where it is: a Trainer brings it back first
+        # such a table cannot be trained from where it is: a Trainer brings it back first
+        for weight in self._frozen:
             weight.requires_grad_(False)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.report is None:
-            for place in reversed(self.places):
-                _out(place)
-        else:
-            self.put_back()
-            self.report._undos[1 : 1 + len(self.places)] = [place.undo for place in self.places]  # type: ignore[misc]
+        self._all_out()
+        if self._bound is not None:
+            vars(self.base)["forward"] = self._bound
+        if self.report is not None:
+            for place in self.places:
+                _in(place)
+            undos = [place.undo for place in self.places if place.undo is not None]
+            self.report._undos[1 : 1 + len(self.places)] = undos
             self.report._checks[:] = [
                 _at(place.path, obstacle)
                 for place in self.places
@@ -888,9 +899,9 @@ class _Patches:
         return [place for place in self.places if place.patch is patch]
 
     def take_out(self) -> None:
-        """To the stock model, newest first."""
-        for place in reversed(self.places):
-            _out(place)
+        """To the stock model: without what a trainer bound to it, too."""
+        self._all_out()
+        self._bound = vars(self.base).pop("forward", None)
         for place in self.places:
             if place.patch.name in CORRECTIONS:
                 _in(place)
@@ -915,13 +926,15 @@ class _Patches:
     def _copies_of(self, patch: Patch) -> list[tuple[nn.Module, type[Fused]]]:
         return [copy for copy in self._copies if getattr(patch, "fused", None) is copy[1]]
 
+    def _all_out(self) -> None:
+        """Newest first."""
+        for place in reversed(self.places):
+            _out(place)
+
     def put_back(self) -> None:
-        """All of them, in order."""
-        if not all(place.undo for place in self.places):
-            for place in reversed(self.places):
-                _out(place)
-            for place in self.places:
-                _in(place)
+        """All of them."""
+        for place in self.places:
+            _in(place)
         for module, fused in self._copies:
             _become(module, fused)
         for table in self._tables:
@@ -973,7 +986,7 @@ def _module_at(base: nn.Module, path: str) -> nn.Module:
             )
     for inside in ("original_module", "base_layer"):
         module = module._modules.get(inside, module)
-    return module  # type: ignore[no-any-return]
+    return module
 
 
 def _plain_lookup(table: Any) -> Callable[[Tensor], Tensor]:

@@ -268,7 +268,9 @@ def test_a_fault_in_a_kernel_is_caught(monkeypatch, launcher, fault, patches, ki
     assert verify(small(kind, patches=patches)).guilty == patches
 
 
-@pytest.mark.parametrize(("patches", "kind"), [(["geglu"], "causal"), (VISION, "conditional")])
+@pytest.mark.parametrize(
+    ("patches", "kind"), [(["geglu"], "causal"), (["vision_mlp"], "conditional")]
+)
 def test_kernels_pass(patches, kind):
     result = verify(small(kind, patches=patches))
     assert result.ok, str(result)
@@ -277,11 +279,28 @@ def test_kernels_pass(patches, kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("launcher", "fault", "patches", "kind"), KERNEL_FAULTS, ids=names_of)
 def test_a_fault_in_a_kernel_on_the_card_is_caught(monkeypatch, launcher, fault, patches, kind):
-    model = small(kind, patches=(), dtype=torch.bfloat16).cuda()
+    model = small(kind, patches=()).cuda()
     gemma_accel.apply(model, patches=patches)
     assert verify(model).ok
     plant(monkeypatch, f"kernels.{launcher}", fault)
     assert verify(model).guilty == patches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_healthy_model_on_the_card_passes(dtype, lora):
+    model = tiny_model("conditional", dtype=dtype).cuda()
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE))
+    report = gemma_accel.apply(model)
+    before = snapshot(model)
+    result = verify(model)
+    assert result.ok, str(result)
+    assert {row.patch for row in result.rows} > {"cuda_graphs", EVERYTHING}
+    assert_same(model, before)
+    report.restore()
+    assert not [m for m in model.modules() if isinstance(m, Fused)]
 
 
 @references
@@ -395,7 +414,8 @@ def test_a_healthy_model_passes(kind, lora, applied, dtype):
     expected = list(dict.fromkeys(record.patch for record in report.applied))
     assert [row.patch for row in result.rows] == [*expected, EVERYTHING]
     assert all(row.output.where for row in result.rows if row.tried)
-    assert all(row.gradient.where for row in result.rows if row.modality == "text" or not lora)
+    reached = [row for row in result.rows if row.tried and (row.modality == "text" or not lora)]
+    assert reached and all(row.gradient.where for row in reached)
 
 
 @references
@@ -587,6 +607,60 @@ def test_a_wrapper_put_around_afterwards_is_still_seen_by_restore():
     text(model).layers[0].mlp.forward = lambda x: x
     with pytest.raises(RestoreError, match=r"layers\.0\.mlp"):
         report_of(model).restore()
+
+
+@references
+def test_what_a_trainer_bound_to_the_model_is_stepped_around_and_kept():
+    """TRL binds a forward of its own after `apply`; accelerate may too."""
+    stock, model = small(patches=()), small()
+    inner = model.forward
+    model.forward = bound = lambda *args, **kwargs: inner(*args, **kwargs)
+    for _ in range(2):
+        result = verify(model)
+        assert result.ok, str(result)
+        assert vars(model)["forward"] is bound
+    report_of(model).restore()
+    assert not [m for m in model.modules() if isinstance(m, Fused)]
+    assert torch.equal(model(**batch()).logits, stock(**batch()).logits)
+
+
+@references
+def test_training_goes_on_as_if_nothing_had_been():
+    """Also where somebody has put a `train` on the model that remembers its mode."""
+
+    def losses(*, verified):
+        model = small(lora=True)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.eval()
+        model.train = lambda mode=True: pytest.fail("the model's mode is not verify's to set")
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        found = []
+        for step in range(3):
+            model(**batch(seed=step)).loss.backward()
+            if verified:
+                assert verify(model).ok
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(model(**batch(seed=step)).loss.item())
+        return found
+
+    assert losses(verified=True) == losses(verified=False)
+
+
+@references
+def test_autocast_inside_the_model_is_seen():
+    """accelerate enters it in the forward that it binds."""
+    model = small(lora=True)
+    inner = model.forward
+
+    def forward(*args, **kwargs):
+        with torch.autocast("cpu", torch.bfloat16):
+            return inner(*args, **kwargs)
+
+    model.forward = forward
+    result = verify(model)
+    assert result.ok, str(result)
+    assert result.rows[0].loss.budget > 1e-3
 
 
 @references
