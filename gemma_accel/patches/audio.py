@@ -82,12 +82,14 @@ class FusedGemma4AudioAttention(Fused, Gemma4AudioAttention):
     ) -> tuple[Tensor, None]:
         if not joined and not self.joins():
             return super().forward(hidden_states, position_embeddings, attention_mask)
-        linears, ranges = self._own()[:3], self._held(hidden_states)[:3]
-        products = project_held(self.project, hidden_states, linears, ranges, is_held=joined)
+        own = self._own()
+        ranges = held(self, own, hidden_states.dtype)
+        products = project_held(self.project, hidden_states, own[:3], ranges[:3], is_held=joined)
+        if products[0].dtype != hidden_states.dtype:  # under autocast
+            ranges = held(self, own, products[0].dtype)
         by_head = (self.num_heads, self.head_dim)
         query, key, value = (product.unflatten(-1, by_head) for product in products)
         relative = self.relative_k_proj(position_embeddings)
-        q_held, k_held, v_held, post_held = self._held(products[0])
         out = chunked_attention(
             query,
             key,
@@ -96,12 +98,12 @@ class FusedGemma4AudioAttention(Fused, Gemma4AudioAttention):
             self.q_scale * F.softplus(self.per_dim_scale.float()),
             attention_mask,
             self._chunks(),
-            q_range=q_held.output,
-            k_range=k_held.output,
-            v_range=v_held.output,
-            after=post_held.input,
+            q_range=ranges[0].output,
+            k_range=ranges[1].output,
+            v_range=ranges[2].output,
+            after=ranges[3].input,
         )
-        (out,) = self.project(out.flatten(2), self.post.linear)
+        (out,) = self.project(out.flatten(2), own[3].linear)
         return (out if joined else clip(out, self.gives(out))), None
 
     def joins(self) -> bool:
@@ -141,15 +143,17 @@ class FusedGemma4AudioFeedForward(Fused, Gemma4AudioFeedForward):
         before, after = self.pre_layer_norm, self.post_layer_norm
         if watched(*own) or not _are_norms(before, after):
             return super().forward(hidden_states)
+        first, second = held(self, own, hidden_states.dtype)
         x = clip_norm(
             hidden_states,
             before.weight,
             eps=before.eps,
             before=_bounds(self, hidden_states),
-            after=held(self, own, hidden_states.dtype)[0].input,
+            after=first.input,
         )
         (x,) = self.project(x, own[0].linear)
-        first, second = held(self, own, x.dtype)
+        if x.dtype != hidden_states.dtype:  # under autocast
+            first, second = held(self, own, x.dtype)
         x = clip_silu(x, before=first.output, after=second.input)
         (x,) = self.project(x, own[1].linear)
         return clip_norm_add(

@@ -73,7 +73,7 @@ class _Ranges:
                 assert buffer is not None
                 self.seen.append((linear._buffers, name, buffer, _version(buffer)))
         # one wait for the device, however many there are
-        buffers = [buffer.detach().double().reshape(1) for _, _, buffer, _ in self.seen]
+        buffers = [buffer.detach().float().reshape(1) for _, _, buffer, _ in self.seen]
         self.values: list[float] = torch.cat(buffers).tolist() if buffers else []
 
     def fresh(self, linears: tuple[Gemma4ClippableLinear, ...]) -> bool:

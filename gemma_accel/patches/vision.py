@@ -73,10 +73,10 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
             return super().forward(
                 hidden_states, position_embeddings, attention_mask, position_ids, **kwargs
             )
-        query, key, value = self._qkv(hidden_states, *position_embeddings, joined=joined)
+        (query, key, value), ranges = self._qkv(hidden_states, *position_embeddings, joined=joined)
         out, weights = self._attend(query, key, value, attention_mask, **kwargs)
         out = out.reshape(*hidden_states.shape[:-1], -1)
-        out = clip(out, self._held(out)[3].input)
+        out = clip(out, ranges[3].input)
         (out,) = self.project(out, self.o_proj.linear)
         return (out if joined else clip(out, self.gives(out))), weights
 
@@ -127,14 +127,17 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
     def _held(self, x: Tensor) -> Any:
         return held(self, self._own(), x.dtype)
 
-    def _qkv(self, x: Tensor, cos: Tensor, sin: Tensor, *, joined: bool) -> tuple[Tensor, ...]:
-        """Queries [B, T, N, H], keys and values [B, T, K, H], normed, and the first two turned."""
-        linears, ranges = self._own()[:3], self._held(x)[:3]
-        products = project_held(self.project, x, linears, ranges, is_held=joined)
+    def _qkv(self, x: Tensor, cos: Tensor, sin: Tensor, *, joined: bool) -> tuple[Any, Any]:
+        """Queries [B, T, N, H], keys and values [B, T, K, H], normed, and the first two turned;
+        and the ranges in their dtype."""
+        own = self._own()
+        ranges = held(self, own, x.dtype)
+        products = project_held(self.project, x, own[:3], ranges[:3], is_held=joined)
+        if products[0].dtype != x.dtype:  # under autocast
+            ranges = held(self, own, products[0].dtype)
         shape = (*x.shape[:-1], -1, self.head_dim)
-        q_held, k_held, v_held, _ = self._held(products[0])
         query, key, value = (product.view(shape) for product in products)
-        return vision_qkv(
+        turned = vision_qkv(
             query,
             key,
             value,
@@ -143,10 +146,11 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
             cos,
             sin,
             eps=self.q_norm.eps,
-            q_range=q_held.output,
-            k_range=k_held.output,
-            v_range=v_held.output,
+            q_range=ranges[0].output,
+            k_range=ranges[1].output,
+            v_range=ranges[2].output,
         )
+        return turned, ranges
 
 
 class FusedGemma4VisionMLP(Fused, Gemma4VisionMLP):
@@ -155,17 +159,19 @@ class FusedGemma4VisionMLP(Fused, Gemma4VisionMLP):
     def forward(self, x: Tensor, *, joined: bool = False) -> Tensor:
         if not joined and not self.joins():
             return super().forward(x)
-        linears, ranges = self._own()[:2], self._held(x)[:2]
-        gate, up = project_held(self.project, x, linears, ranges, is_held=joined)
-        gate_held, up_held, down_held = self._held(gate)
+        own = self._own()
+        ranges = held(self, own, x.dtype)
+        gate, up = project_held(self.project, x, own[:2], ranges[:2], is_held=joined)
+        if gate.dtype != x.dtype:  # under autocast
+            ranges = held(self, own, gate.dtype)
         x = clip_geglu(
             gate,
             up,
-            gate_range=gate_held.output,
-            up_range=up_held.output,
-            after=down_held.input,
+            gate_range=ranges[0].output,
+            up_range=ranges[1].output,
+            after=ranges[2].input,
         )
-        (x,) = self.project(x, self.down_proj.linear)
+        (x,) = self.project(x, own[2].linear)
         return x if joined else clip(x, self.gives(x))
 
     def joins(self) -> bool:

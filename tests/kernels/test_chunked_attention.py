@@ -365,6 +365,15 @@ def cross_compile_cases() -> list[crosscompile.Case]:
             aligned=(*strides, "relative_stride"),
             num_warps=8,
         ),
+        crosscompile.Case(
+            "chunked_attention_fwd booleans",
+            module._chunked_attention_fwd_kernel,
+            signature | {"out_ptr": "*bf16", "mask_ptr": "*i1"},
+            shape | {"ADDITIVE": False},
+            aligned=(*strides, "relative_stride"),
+            num_warps=8,
+            capabilities=(89,),
+        ),
         *(
             crosscompile.Case(
                 f"chunked_attention_bwd trained={trained}",
