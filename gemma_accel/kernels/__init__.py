@@ -1,1 +1,4 @@
-"""The ops: torch and Triton only. One op a file, read downwards: reference, kernels, launchers, Function, op."""
+"""The ops: torch and Triton only.
+
+One op a file, read downwards: reference, kernels, launchers, Function, op.
+"""

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -576,7 +576,7 @@ def supported(q: Tensor, k: Tensor) -> str | None:
     return None
 
 
-def _shape(q: Tensor, k: Tensor) -> dict[str, int | str]:
+def _shape(q: Tensor, k: Tensor) -> dict[str, Any]:
     """Compile-time arguments that all three kernels share."""
     group = q.shape[1] // k.shape[1]
     return {
@@ -593,7 +593,9 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """``out`` [B, T, N, H], and the base-2 log-sum-exp [B, T, N] of each row's scaled scores."""
     batch, heads, tokens, size = q.shape
-    tile = _tiles_on(q.device, size, q.element_size()).fwd
+    chosen = _tiles_on(q.device, size, q.element_size())
+    assert chosen is not None  # `supported` was asked
+    tile = chosen.fwd
     shape = _shape(q, k)
     out = torch.empty((batch, tokens, heads, size), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, tokens, heads), dtype=torch.float32, device=q.device)
@@ -616,7 +618,9 @@ def attention_bwd(
     """dq, dk and dv, laid out as q, k and v; each None where ``needs`` does not ask for it."""
     batch, _, tokens, size = q.shape
     kv_heads = k.shape[1]
-    _, tile, dkv = _tiles_on(q.device, size, q.element_size())
+    chosen = _tiles_on(q.device, size, q.element_size())
+    assert chosen is not None  # `supported` was asked
+    _, tile, dkv = chosen
     shape = _shape(q, k)
     if dout.stride(3) != 1:
         dout = dout.contiguous()
@@ -669,8 +673,9 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
         gradients = attention_bwd(
-            dout, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.segments, ctx.needs_input_grad[:3]
+            dout, q, k, v, out, lse, ctx.scale, ctx.window, ctx.segments, ctx.needs_input_grad[:3]
         )
         return *gradients, None, None, None
 

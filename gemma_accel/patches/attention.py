@@ -14,6 +14,8 @@ knows that by its dtype.
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +26,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 from gemma_accel.hookspecs import Patch
-from gemma_accel.kernels.attention import HEAD_SIZES, MAX_GROUP, attention
+from gemma_accel.kernels.attention import HEAD_SIZES, MAX_GROUP, attention, supported
 from gemma_accel.kernels.segments import (
     Segments,
     segments_from_attention_mask,
     segments_from_position_ids,
 )
+from gemma_accel.memory import layer_shapes
 from gemma_accel.patches.seams import Fused, Undoing
 
 __all__ = ["NAME", "attention_patch", "unpack"]
@@ -62,7 +65,10 @@ def mask(
     stock = (
         use_vmap  # a mask function of somebody's own
         or q_length != kv_length  # a cache is being read
-        or (config is not None and config.attention_dropout)
+        or (
+            config is not None
+            and _config_refused(config, torch.device(device), kwargs.get("dtype"))
+        )
         or (padding is not None and not padding.serves(q_length))
     )
     if stock:
@@ -102,6 +108,32 @@ def unpack(packed: Tensor) -> Segments:
         segments = Segments(packed[:, 0, :, 0], packed[:, 1, :, 0])
         packed._gemma_accel_segments = segments  # type: ignore[attr-defined]
     return segments
+
+
+def _config_refused(config: Any, device: torch.device, dtype: torch.dtype | None) -> bool:
+    """Whether the kernel cannot serve this model's heads on this card, in the dtype they will
+    have.
+    """
+    if config.attention_dropout:
+        return True
+    if device.type != "cuda" or dtype is None:
+        return False
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    known = _HEADS.get(id(config))
+    if known is None or known[0]() is not config:
+        heads = tuple({(s.heads, s.queries // s.heads) for s in layer_shapes(config)})
+        known = _HEADS[id(config)] = weakref.ref(config), heads
+    return any(_heads_refused(device, dtype, *heads) for heads in known[1])
+
+
+_HEADS: dict[int, tuple[Any, tuple[tuple[int, int], ...]]] = {}
+
+
+@functools.cache
+def _heads_refused(device: torch.device, dtype: torch.dtype, heads: int, size: int) -> bool:
+    one = torch.empty(1, heads, 1, size, dtype=dtype, device=device)
+    return supported(one, one) is not None
 
 
 class _Padding(NamedTuple):

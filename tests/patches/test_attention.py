@@ -10,7 +10,7 @@ from transformers.integrations import sdpa_attention
 
 import gemma_accel
 from gemma_accel.patches import attention as patch
-from tests.tiny import VOCAB, batch, tiny_model
+from tests.tiny import VOCAB, batch, text_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("references")
 
@@ -140,6 +140,24 @@ class TestStockInstead:
         (skip,) = [r for r in report.skipped if r.patch == "attention"]
         assert reason in skip.reason
         model(**batch()).loss.backward()
+
+    def test_heads_that_no_tile_of_the_card_holds_get_stocks_mask(self, monkeypatch):
+        """float32 at head_dim 512 fits no card's shared memory; autocast's bfloat16 does."""
+        asked = []
+
+        def refused(device, dtype, heads, size):
+            asked.append((dtype, size))
+            return dtype is torch.float32 and size == 32
+
+        monkeypatch.setattr(patch, "_heads_refused", refused)
+        config, card = text_config(), torch.device("cuda", 0)
+        assert patch._config_refused(config, card, torch.float32)
+        assert not patch._config_refused(config, card, torch.bfloat16)
+        with torch.autocast("cuda", torch.bfloat16):
+            if torch.is_autocast_enabled("cuda"):
+                assert not patch._config_refused(config, card, torch.float32)
+        assert {size for _, size in asked} == {16, 32}
+        assert not patch._config_refused(config, torch.device("cpu"), torch.float32)
 
     def test_eager_stays_eager(self):
         model = tiny_model("causal")
