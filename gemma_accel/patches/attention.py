@@ -204,6 +204,10 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs
         )
+    if not query.dtype == key.dtype == value.dtype:  # autocast, where stock's norms made them
+        kind = query.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     scale = module.scaling if scaling is None else scaling
     return attention(query, key, value, scale=scale, window=sliding_window, segments=segments), None
 

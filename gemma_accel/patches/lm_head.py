@@ -32,6 +32,8 @@ does.
 """
 
 _INNER, _FUSED = "_gemma_accel_inner_forward", "_gemma_accel_fused_head"
+_ON = "_gemma_accel_lm_head"  # ours is bound and may serve
+_BEHIND = "_gemma_accel_forward_behind"  # restored, but still called by a forward bound over it
 
 # arguments whose answer needs stock's forward
 _NEEDS_STOCK = (
@@ -66,7 +68,9 @@ class _LossOutput(Gemma4CausalLMOutputWithPast):
 
 
 def _serves(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if not (model.training and torch.is_grad_enabled()) or getattr(model, FULL_LOGITS, False):
+    if _ON not in vars(model) or FULL_LOGITS in vars(model):
+        return False
+    if not (model.training and torch.is_grad_enabled()):
         return False
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
     if (
@@ -146,6 +150,9 @@ class LMHeadPatch(Patch):
         return None
 
     def install(self, module: Any) -> Undoing:
+        setattr(module, _ON, True)
+        if _BEHIND in vars(module):  # TRL's forward, bound over ours before a restore, ends in ours
+            return Undoing(lambda: _turn_off(module), lambda: None)
         before = vars(module).get("forward")
         if before is not None:
             setattr(module, _INNER, before)
@@ -154,16 +161,22 @@ class LMHeadPatch(Patch):
         ours = vars(module)["forward"]
 
         def run() -> None:
-            for name in (_INNER, _FUSED, FULL_LOGITS):
-                vars(module).pop(name, None)
+            _turn_off(module)
             if vars(module).get("forward") != ours:
-                return  # TRL or accelerate put its own in front since, which ends in stock's class
+                setattr(module, _BEHIND, True)
+                return
+            vars(module).pop(_INNER, None)
             if before is None:
                 del module.forward
             else:
                 module.forward = before
 
         return Undoing(run, lambda: None)
+
+
+def _turn_off(module: Any) -> None:
+    for name in (_ON, _FUSED, FULL_LOGITS):
+        vars(module).pop(name, None)
 
 
 lm_head_patch = LMHeadPatch()

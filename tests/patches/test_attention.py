@@ -186,6 +186,14 @@ def test_logits_to_keep_in_training(keep):
         assert relative(b, a) < 1e-4
 
 
+def test_autocast_with_stocks_norms():
+    """Without `qk_norm_rope`, stock's rotation leaves float32 queries beside bfloat16 values."""
+    model = tiny_model("causal")
+    gemma_accel.apply(model, patches=["attention"])
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**batch()).loss.backward()
+
+
 def test_restore_puts_sdpa_back_and_other_towers_never_lose_theirs():
     model = tiny_model("conditional")
     others = {

@@ -105,6 +105,26 @@ def test_restore_takes_it_off(pair):
     assert "logits" in ours(**batch())
 
 
+def test_restored_and_applied_again_under_a_forward_that_trl_bound(pair, head_calls):
+    from trl.trainer.utils import add_fused_lm_head
+
+    from gemma_accel.patching import report_of
+
+    calls, watch = head_calls
+    stock, ours = pair
+    add_fused_lm_head(ours)
+    expected = stock(**batch()).loss.item()
+    report_of(ours).restore()
+    watch(ours)
+    assert ours(**batch()).loss.item() == pytest.approx(expected, rel=1e-5)
+    assert calls == [1]  # stock again: it makes logits
+    for _ in range(2):
+        gemma_accel.apply(ours)
+        assert ours(**batch()).loss.item() == pytest.approx(expected, rel=1e-5)
+        assert calls == [1]
+        report_of(ours).restore()
+
+
 def test_a_loss_of_the_users_own_gets_its_logits(pair, head_calls, tmp_path):
     calls, watch = head_calls
 
