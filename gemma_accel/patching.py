@@ -88,6 +88,8 @@ def apply(
     """
     base = base_model(model)
     if (report := report_of(base)) is not None:
+        if vram_gib is not None:
+            wiring.live_in(base, report, memory_budget(base, vram_gib), capped=True)
         return report
     _refuse_foreign(base)
     budget = memory_budget(base, vram_gib)

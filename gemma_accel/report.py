@@ -52,6 +52,7 @@ class Report:
     _undos: list[Callable[[], None]] = field(default_factory=list, repr=False)
     _checks: list[Callable[[], str | None]] = field(default_factory=list, repr=False)
     _plan: Callable[..., Any] | None = field(default=None, repr=False)
+    _cap: Callable[[], None] | None = field(default=None, repr=False)
 
     def note(self, topic: str, text: str) -> None:
         """Set down what happened to ``topic``; a later note on it replaces the earlier."""
@@ -95,6 +96,12 @@ class Report:
             self._undos.pop()()
         self._checks.clear()
         self._plan = None
+
+    def _uncap(self) -> None:
+        """Give the allocator its own limit back, if it was held to another."""
+        if self._cap is not None:
+            self._cap()
+            self._cap = None
 
     def __reduce__(self) -> Any:
         """A copied or pickled model is not the one that this report can restore: it goes

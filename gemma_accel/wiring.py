@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from gemma_accel.hotpath import remembered
-from gemma_accel.models import base_model, is_gemma4, text_model
+from gemma_accel.models import base_model, is_gemma4, model_device, text_model
 from gemma_accel.report import Report
 
-__all__ = ["apply_automatically", "hold_trainer_wrappers", "on_applied"]
+__all__ = ["apply_automatically", "hold_trainer_wrappers", "live_in", "on_applied"]
 
 _holders = 0
 _originals: dict[str, Any] = {}
@@ -37,22 +37,29 @@ def on_applied(
     figure, which the allocator is then held to.
     """
     from gemma_accel.callback import accept_loss_kwargs
-    from gemma_accel.models import model_device
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
 
     report._undos.append(accept_loss_kwargs(base))
     let_go = hold_trainer_wrappers()
     weakref.finalize(base, let_go)  # a model that is dropped without `restore` lets go too
     report._undos.append(let_go)
+    report._undos.append(report._uncap)
+    live_in(base, report, budget, capped=capped)
     text = text_model(base)
-    report._plan = functools.partial(_plan, weakref.ref(base), budget)
-    if capped and budget is not None and torch.cuda.is_available():
-        report._undos.append(_cap_allocator(budget, model_device(base)))
-        report.note("memory", f"the allocator is held to {budget:g} GiB")
-    if (policy := getattr(text, "memory", None)) is not None and budget is not None:
-        policy.budget = int(budget * 2**30)
     if hasattr(model, "peft_config") and isinstance(text, FusedGemma4TextModel):
         report.note("per-layer table", settle_table(text, model_device(base)))
+
+
+def live_in(base: nn.Module, report: Report, budget: float | None, *, capped: bool) -> None:
+    """Set the memory to live in, GiB: for the plan, the layers' choices, and the allocator."""
+    report._plan = functools.partial(_plan, weakref.ref(base), budget)
+    if capped and budget is not None and torch.cuda.is_available():
+        report._uncap()
+        report._cap = _cap_allocator(budget, model_device(base))
+        report.note("memory", f"the allocator is held to {budget:g} GiB")
+    policy = getattr(text_model(base), "memory", None)
+    if policy is not None and budget is not None:
+        policy.set_budget(int(budget * 2**30))
 
 
 def _plan(base: Any, budget: float | None, *, batch_size: int, sequence_length: int) -> Any:

@@ -72,6 +72,16 @@ class TestApply:
         assert gemma_accel.apply(model) is report
         assert state(model) == before
 
+    def test_a_second_apply_may_give_it_other_memory(self, model):
+        report = gemma_accel.apply(model, vram_gib=2.0)
+        text = getattr(model.model, "language_model", model.model)
+        assert text.memory.budget == 2 << 30
+        assert gemma_accel.apply(model, vram_gib=3.0) is report
+        assert text.memory.budget == 3 << 30
+        assert report.plan(1, 64).vram_gib == 3.0
+        gemma_accel.apply(model)
+        assert text.memory.budget == 3 << 30
+
     def test_restore_gives_the_stock_model_back_bitwise(self, model):
         expected, before = logits(model), state(model)
         report = gemma_accel.apply(model)

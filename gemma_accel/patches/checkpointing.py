@@ -68,6 +68,12 @@ class MemoryPolicy:
         )
         return twin
 
+    def set_budget(self, nbytes: int) -> None:
+        """Live in ``nbytes`` from the next forward on."""
+        self.budget = nbytes
+        self.chosen.clear()
+        self._graphed.clear()
+
     def modes(self, hidden: Tensor) -> list[Mode]:
         """The modes of every layer for hidden states [B, T, D] of this shape."""
         key = (*hidden.shape, hidden.element_size())
