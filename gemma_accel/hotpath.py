@@ -1,8 +1,8 @@
 """What a Trainer does at every step that has the same result as the step before.
 
 Each step it walks all modules of the model to set them to train mode, and all parameters to count
-them for its FLOP statistics: for E2B with adapters, 3,700 modules and 2,400 parameters, some 40 ms
-of Python beside a step of 250. Both answers are remembered while a training runs.
+them for its FLOP statistics: thousands of each for E2B with adapters, and a good part of a short
+step's Python (benchmarks/LOG.md). Both answers are remembered while a training runs.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ GIB = 2**30
 LEAN = {Mode.RECOMPUTE_TILED, Mode.OFFLOAD, Mode.TIGHT}
 """Modes that are chosen where memory is short: CUDA graphs, which hold memory, are not for them."""
 # of the budget: what the caching allocator cannot use for being in pieces, and what no arithmetic
-# names (measured, see benchmarks/LOG.md)
+# names
 SLACK = 0.05
 
 
@@ -118,7 +118,7 @@ class MemoryPolicy:
             text = ", ".join(f"{n} {mode}" for mode, n in counts.items())
             lines.append(
                 f"{key[0]} x {key[1]}: {text}"
-                + (", captured in CUDA graphs" if self._graphed[key] else "")
+                + (", with room for CUDA graphs" if self._graphed[key] else "")
             )
         return "; ".join(lines)
 

@@ -1,10 +1,10 @@
 """The decoder stack as two CUDA graphs: one launch forward, one backward.
 
-A step of E2B is some five thousand launches. The card needs 0.15 s for them, the host two or three
-times as long to make them. Where batches have one shape (packing, `pad_to_multiple_of`, rows of one
-length) the launches are the same at every step: after a few steps of one shape the stack, its
-recomputation and its backward are captured and replayed. Embeddings, final norm, LM head, loss and
-optimizer stay outside, in the trainer's hands.
+A step of E2B is some five thousand launches, which the host may take two or three times as long to
+make as the card to run (benchmarks/LOG.md). Where batches have one shape (packing,
+`pad_to_multiple_of`, rows of one length) the launches are the same at every step: after a few steps
+of one shape the stack, its recomputation and its backward are captured and replayed. Embeddings,
+final norm, LM head, loss and optimizer stay outside, in the trainer's hands.
 
 What is captured reads fixed addresses, so the graphs step aside, and the layers run one by one as
 ever, whenever something could have moved: another shape, another adapter, a second forward before
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -196,6 +197,15 @@ class StackGraphs:
         self._serving = len(text.layers) > 1
         return _Replay.apply(captured, hidden, rest, *captured.parameters)
 
+    def _turn_off(self, reason: str) -> None:
+        """Capture no more in this run, and say so once."""
+        self.off = reason
+        warnings.warn(
+            f"gemma_accel runs the layers one by one from here on, without CUDA graphs: {reason}",
+            UserWarning,
+            stacklevel=2,
+        )
+
     def drop(self) -> None:
         """Give the graphs' memory back."""
         self._captured, self._key, self._seen = None, None, 0
@@ -260,12 +270,12 @@ class StackGraphs:
 
     def _capture(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> bool:
         if self._captures >= CAPTURES:
-            self.off = f"the batches' shape changed {CAPTURES} times"
+            self._turn_off(f"the batches' shape changed {CAPTURES} times")
             return False
         if any(isinstance(linear, str) for linear in self._key[5]) or any(
             _has_hooks(layer) for layer in text.layers
         ):
-            self.off = "a layer is watched by a hook, or is not read by the fused step"
+            self._turn_off("a layer is watched by a hook, or is not read by the fused step")
             return False
         self._captures += 1
         self._inside = True
@@ -279,7 +289,7 @@ class StackGraphs:
             with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
                 self._captured = _Captured(self, text, hidden, rest)
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            self.off = f"capturing failed: {str(error).splitlines()[0]}"
+            self._turn_off(f"capturing failed: {str(error).splitlines()[0]}")
             self._captured = None
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize()
