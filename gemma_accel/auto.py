@@ -23,9 +23,11 @@ def _enable() -> None:
             stacklevel=3,
         )
         return
+    from gemma_accel.allocator import expand_segments
     from gemma_accel.loading import install_load_path
     from gemma_accel.wiring import apply_automatically
 
+    expand_segments()  # before the weights come: what was allocated earlier stays as it is
     install_load_path()
     apply_automatically()
 

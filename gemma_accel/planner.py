@@ -427,10 +427,9 @@ def _choose(run: _Run, batch_size: int, length: int) -> _Choice:
 
 def _held(run: _Run, batch_size: int, length: int) -> float:
     """What is taken before layers get theirs: what `wiring._tell_policy` says, or is there now."""
-    scales = run.counts.linears * (NF4 - 0.5) if run.quantization else 0.0  # are no parameters
     weights = sum(_weights(run).values())
     trained = run.adapters if run.lora_rank else weights
-    later = weights - scales + run.adapters + 3 * trained
+    later = weights + run.adapters + 3 * trained
     embeddings = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
     now = weights + run.adapters + embeddings + _inputs(run, batch_size, length)
     return max(later + _between_layers(run, _all(run, Mode.TIGHT), batch_size, length), now)

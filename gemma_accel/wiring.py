@@ -12,12 +12,13 @@ import functools
 import os
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from gemma_accel import allocator
 from gemma_accel.hotpath import remembered
 from gemma_accel.models import base_model, is_gemma4, model_device, text_model
 from gemma_accel.report import Report
@@ -43,6 +44,7 @@ def on_applied(
     let_go = hold_trainer_wrappers()
     weakref.finalize(base, let_go)  # a model that is dropped without `restore` lets go too
     report._undos.append(let_go)
+    report._undos.append(allocator.expand_segments())
     report._undos.append(report._uncap)
     live_in(base, report, budget, capped=capped)
     text = text_model(base)
@@ -55,7 +57,7 @@ def live_in(base: nn.Module, report: Report, budget: float | None, *, capped: bo
     report._plan = functools.partial(_plan, weakref.ref(base), budget)
     if capped and budget is not None and torch.cuda.is_available():
         report._uncap()
-        report._cap = _cap_allocator(budget, model_device(base))
+        report._cap = allocator.hold_to(budget, model_device(base))
         report.note("memory", f"the allocator is held to {budget:g} GiB")
     policy = getattr(text_model(base), "memory", None)
     if policy is not None and budget is not None:
@@ -69,17 +71,6 @@ def _plan(base: Any, budget: float | None, *, batch_size: int, sequence_length: 
     if model is None:
         raise RuntimeError("the model that this report belongs to is gone")
     return plan_for_model(model, budget, batch_size, sequence_length)
-
-
-def _cap_allocator(gib: float, device: torch.device) -> Callable[[], None]:
-    """Hold PyTorch's allocator to ``gib`` (it frees what it caches before it grows), unless it is
-    held to less; returns the undo.
-    """
-    index = device.index if device.type == "cuda" else None
-    before = torch.cuda.get_per_process_memory_fraction(index)
-    total = torch.cuda.get_device_properties(index or torch.cuda.current_device()).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(before, gib * 2**30 / total), index)
-    return functools.partial(torch.cuda.set_per_process_memory_fraction, before, index)
 
 
 def apply_automatically() -> None:
@@ -218,17 +209,22 @@ def _tell_policy(trainer: Any) -> None:
         return
     seen: dict[int, tuple[int, bool]] = {}
     for parameter in trainer.model.parameters():
-        if parameter.is_cuda:
-            seen[parameter.untyped_storage().data_ptr()] = (
-                parameter.nbytes,
-                parameter.requires_grad,
-            )
+        # the scales of a 4-bit weight are no parameters of their own
+        for tensor in (parameter, *_scales(getattr(parameter, "quant_state", None))):
+            if tensor.is_cuda:
+                seen[tensor.untyped_storage().data_ptr()] = (tensor.nbytes, tensor.requires_grad)
     weights = sum(nbytes for nbytes, _ in seen.values())
     trained = sum(nbytes for nbytes, is_trained in seen.values() if is_trained)
     policy.trained = trained
-    policy.fixed = (
-        weights + trained * 3
-    )  # a gradient and two moments, at most in the parameter's own dtype
+    # a gradient and two moments, at most in the parameter's own dtype
+    policy.fixed = weights + trained * 3
+
+
+def _scales(state: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a bitsandbytes ``QuantState``, nested ones too."""
+    while state is not None:
+        yield from (t for t in (state.absmax, state.offset) if isinstance(t, torch.Tensor))
+        state = state.state2
 
 
 def _refuse_reentrant(text: Any, arguments: Any) -> None:

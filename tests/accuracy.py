@@ -63,3 +63,13 @@ def assert_no_less_accurate(
         f"{what}: largest error {ours_max:.3e}, stock's {stock_max:.3e}, budget {budget_max:.3e} "
         "(relative to the largest)"
     )
+
+
+def assert_same_but_for_rounding(x: Tensor, y: Tensor, *, what: str) -> None:
+    """The same arithmetic, compiled for other arguments: multiplies and adds may be contracted, and
+    sums associated, otherwise. 2-norms within four units in the last place.
+    """
+    assert x.dtype == y.dtype and x.shape == y.shape, f"{what}: {x.dtype} {tuple(x.shape)}"
+    error, _ = relative_errors(x, y)
+    budget = 4 * torch.finfo(x.dtype).eps
+    assert error <= budget, f"{what}: apart by {error:.3e}, budget {budget:.3e}"
