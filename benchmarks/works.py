@@ -10,6 +10,9 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+
+from gemma_accel.telemetry import arithmetic, lora_weights
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -111,43 +114,11 @@ def random_rows(rows: int, length: int, *, vocabulary: int = 250_000, seed: int 
 
 
 def train_flops(work: Work) -> float:
-    """Arithmetic of one optimizer step that has to be done: frozen linears forward and input
-    gradient, adapters, LM head, attention.
-
-    Recomputation is not counted, so that a step that recomputes less has the higher utilisation.
-    Attention: exact windows, causal half; backward 2.5 times forward (five products against two).
+    """Arithmetic of one optimizer step that has to be done: `gemma_accel.telemetry`, whose formula
+    is the one of the ``mfu`` in the Trainer's logs.
     """
-    text = json.loads((CONFIGS / f"{work.model}.json").read_text())["text_config"]
-    hidden, layers, shared = (
-        text["hidden_size"],
-        text["num_hidden_layers"],
-        text["num_kv_shared_layers"],
+    text = SimpleNamespace(
+        **json.loads((CONFIGS / f"{work.model}.json").read_text())["text_config"]
     )
-    heads, rank, length = text["num_attention_heads"], work.lora_rank, work.sequence_length
-    linears = adapters = attention = 0.0
-    for index, kind in enumerate(text["layer_types"]):
-        head = text["head_dim"] if kind == "sliding_attention" else text["global_head_dim"]
-        keys = text["num_key_value_heads"]
-        reuses = index >= layers - shared
-        wide = text["intermediate_size"] * (2 if text["use_double_wide_mlp"] and reuses else 1)
-        shapes = [
-            (hidden, heads * head),
-            (heads * head, hidden),
-            (hidden, wide),
-            (hidden, wide),
-            (wide, hidden),
-        ]
-        if not reuses:
-            shapes += [(hidden, keys * head)] * 2
-        linears += sum(a * b for a, b in shapes)
-        adapters += sum(rank * (a + b) for a, b in shapes)
-        linears += 3 * hidden * text["hidden_size_per_layer_input"]
-        window = text["sliding_window"]
-        seen = (
-            length / 2
-            if kind != "sliding_attention" or length <= window
-            else window * (1 - window / (2 * length))
-        )
-        attention += 4 * heads * head * seen
-    head = text["vocab_size"] * hidden
-    return work.tokens * (4 * linears + 6 * adapters + 4 * head + 3.5 * attention)
+    cost = arithmetic(text, adapters=lora_weights(text, work.lora_rank))
+    return cost.rows(work.batch_size, work.sequence_length)

@@ -1,5 +1,5 @@
-"""Gradient accumulation in which every token of an optimizer step weighs the same, and two numbers
-in the Trainer's logs.
+"""Gradient accumulation in which every token of an optimizer step weighs the same, and three
+numbers in the Trainer's logs.
 
 The gradient of an optimizer step should be that of ``sum of the token losses / labelled tokens``
 over all its micro-batches. Transformers sees to that only where the model says
@@ -35,6 +35,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from gemma_accel.hookspecs import Undo
 from gemma_accel.patches.seams import Undoing, set_attribute
 from gemma_accel.report import Report
+from gemma_accel.telemetry import Utilisation
 
 __all__ = ["GradientAccumulationCallback", "accept_loss_kwargs"]
 
@@ -57,8 +58,8 @@ def accept_loss_kwargs(base: nn.Module) -> Undo:
 
 class GradientAccumulationCallback(TrainerCallback):
     """Makes every token of an optimizer step weigh the same under gradient accumulation, whatever
-    Gemma 4 class is trained, and refuses to stay silent where it cannot. Logs ``gpu_peak_gib`` and
-    ``tokens_per_second`` into the Trainer's own logs.
+    Gemma 4 class is trained, and refuses to stay silent where it cannot. Logs ``gpu_peak_gib``,
+    ``tokens_per_second`` and ``mfu`` into the Trainer's own logs.
 
     A Trainer built on an applied model carries it without being asked. Without `apply`, give it its
     trainer, which no callback sees by itself; passed in ``callbacks`` alone it can only warn:
@@ -69,7 +70,9 @@ class GradientAccumulationCallback(TrainerCallback):
     ``gpu_peak_gib`` is `torch.cuda.max_memory_reserved` of the Trainer's device (no key without
     CUDA). ``tokens_per_second`` counts the elements of the ``input_ids`` that this process trained
     on, padding included, from shapes alone, over the wall time since the last log; evaluating and
-    saving are left out of the time. The last entry, with ``train_runtime``, has the whole run's.
+    saving are left out of the time. ``mfu`` is the share of the card's peak that the arithmetic of
+    those tokens takes, and is left out on a card whose peak is not known (`gemma_accel.telemetry`).
+    The last entry, with ``train_runtime``, has the whole run's.
 
     There is nothing to carry over a resume, so it is no `ExportableState`: the Trainer would put a
     copy in its place that has no trainer.
@@ -81,6 +84,7 @@ class GradientAccumulationCallback(TrainerCallback):
         self._undos: list[Undoing] = []
         self._window: _Window | None = None
         self._pace = _Pace()
+        self._utilisation = Utilisation()
 
     def attach(self, trainer: Any, *, report: Report | None = None) -> None:
         """Correct ``trainer`` (a second time changes nothing), and write ``report`` into its
@@ -112,6 +116,7 @@ class GradientAccumulationCallback(TrainerCallback):
         self._wrap(trainer, "log", partial(self._log, trainer.log))
         if self._report is not None:
             self._undos.extend(_spare_the_frozen_bottom(trainer.model, self._note))
+        self._utilisation = Utilisation(trainer)
         self._pace.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -170,6 +175,7 @@ class GradientAccumulationCallback(TrainerCallback):
         if isinstance(inputs, Mapping):
             if (ids := inputs.get("input_ids")) is not None:
                 self._pace.tokens += ids.numel()
+            self._utilisation.add(inputs)
             if self._window is not None:
                 self._window.add(inputs, args[0] if args else kwargs.get("num_items_in_batch"))
         return original(model, inputs, *args, **kwargs)
@@ -180,7 +186,11 @@ class GradientAccumulationCallback(TrainerCallback):
         trainer = self._trainer_ref()
         if trainer is not None and ("loss" in logs or "train_runtime" in logs):  # no evaluation's
             logs.update(_gpu_peak(trainer.args.device))
-            logs.update(self._pace.report(whole_run="train_runtime" in logs))
+            whole_run = "train_runtime" in logs
+            pace = self._pace.report(whole_run=whole_run)
+            logs.update(pace)
+            per_second = pace.get("tokens_per_second")
+            logs.update(self._utilisation.report(per_second, whole_run=whole_run))
         original(logs, *args, **kwargs)
 
     def _trainer(self, state: Any) -> Any:
