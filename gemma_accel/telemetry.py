@@ -30,6 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_accel.memory import layer_shapes
+
 __all__ = ["Arithmetic", "Utilisation", "arithmetic", "lora_weights", "peak_tflops", "trained"]
 
 # Dense bfloat16 products with float32 accumulation, TFLOP/s, as NVIDIA's documents give them: for
@@ -103,25 +105,20 @@ class _Layer(NamedTuple):
 
 
 def _layers(config: Any) -> list[_Layer]:
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    first_shared = config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
     layers = []
-    for index, kind in enumerate(config.layer_types):
-        slides, shares = kind == "sliding_attention", index >= first_shared
-        head = config.head_dim if slides else config.global_head_dim
-        one_for_both = config.attention_k_eq_v and not slides
-        keys = config.num_global_key_value_heads if one_for_both else config.num_key_value_heads
-        wide = config.intermediate_size * (2 if config.use_double_wide_mlp and shares else 1)
-        projections = [(hidden, heads * head), (heads * head, hidden)]
-        if not shares:
-            projections += [(hidden, keys * head)] * (1 if one_for_both else 2)
+    for shape in layer_shapes(config):
+        hidden, queries, wide = shape.hidden, shape.queries, shape.mlp
+        projections = [(hidden, queries), (queries, hidden)]
         projections += [(hidden, wide), (hidden, wide), (wide, hidden)]
-        others = 3 * hidden * (getattr(config, "hidden_size_per_layer_input", 0) or 0)
-        if getattr(config, "enable_moe_block", False):
+        if shape.keys:
+            one_for_both = config.attention_k_eq_v and not shape.sliding
+            projections += [(hidden, shape.keys)] * (1 if one_for_both else 2)
+        others = 3 * hidden * shape.per_layer
+        if config.enable_moe_block:
             chosen = config.top_k_experts * 3 * config.moe_intermediate_size
             others += hidden * (config.num_experts + chosen)
-        window = config.sliding_window if slides else None
-        layers.append(_Layer(projections, others, 4 * heads * head, window))
+        window = config.sliding_window if shape.sliding else None
+        layers.append(_Layer(projections, others, 4 * queries, window))
     return layers
 
 
