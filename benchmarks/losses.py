@@ -1,7 +1,7 @@
 """Whether two stacks' loss curves lie on each other, seed by seed of the data's order.
 
     python -m benchmarks.train_step --works W1 --stacks trl gemma_accel@7 --seeds 0 1 2 \
-        --steps 20 --no-profile --out losses.json
+        --steps 20 --no-profile --together --out losses.json
     python -m benchmarks.losses losses.json
 
 The largest gap at any step between the means over the seeds has to be within stock's own spread:

@@ -277,22 +277,26 @@ class Worker:
             self.error = f"exit {code}: " + " | ".join(tail)[-1500:]
         return False
 
-    def step(self) -> bool:
+    def begin_step(self) -> None:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
+
+    def finish_step(self) -> bool:
         return self.until("done") and self.until("ready")
 
 
-def run_work(workers: list[Worker]) -> None:
+def run_work(workers: list[Worker], *, together: bool = False) -> None:
     """Wait until every stack's worker is loaded, then give them steps in turn until all are
-    through.
+    through; ``together``, all at once, where no time is asked for.
     """
     for w in workers:
         w.alive = w.until("ready")
-    while any(w.alive for w in workers):
-        for w in workers:
-            if w.alive:
-                w.alive = w.step()
+    while alive := [w for w in workers if w.alive]:
+        for group in [alive] if together else [[w] for w in alive]:
+            for w in group:
+                w.begin_step()
+            for w in group:
+                w.alive = w.finish_step()
 
 
 def main() -> None:
@@ -320,6 +324,11 @@ def main() -> None:
         "--float32", action="store_true", help="TRL's default for a model given by name"
     )
     parser.add_argument("--no-profile", dest="profile", action="store_false")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="all workers step at once: for losses and memory, times then mean nothing",
+    )
     parser.add_argument("--directory", default="/dev/shm")
     parser.add_argument("--out", default="results.json")
     options = parser.parse_args()
@@ -343,8 +352,8 @@ def main() -> None:
                 workers.append(Worker(spec, logs / f"{number:02}-{name}-{spec['stack']}.log"))
         jobs.append((name, workers))
     for name, workers in jobs:
-        run_work(workers)
-        rows = [_row(WORKS[name], w) for w in workers]
+        run_work(workers, together=options.together)
+        rows = [_row(WORKS[name], w, timed=not options.together) for w in workers]
         for row in rows:
             base = next(
                 (
@@ -390,7 +399,7 @@ def _spec(options, name: str, stack: str, path: str, seed: int) -> dict:
     }
 
 
-def _row(work, worker_: Worker) -> dict:
+def _row(work, worker_: Worker, *, timed: bool) -> dict:
     row = {
         k: worker_.spec[k]
         for k in ("work", "stack", "label", "vram_gib", "cap_gib", "seed", "float32")
@@ -403,7 +412,10 @@ def _row(work, worker_: Worker) -> dict:
     if worker_.result is None:
         return {**row, "error": worker_.error or "no result"}
     row |= worker_.result
-    row["tokens_per_second"] = work.tokens / row["step_s"]
+    if timed:
+        row["tokens_per_second"] = work.tokens / row["step_s"]
+    else:
+        del row["step_s"], row["step_s_all"]
     row["train_tflop"] = train_flops(work) / 1e12
     return row
 
@@ -457,9 +469,16 @@ def _print(rows: list[dict]) -> None:
         if "error" in r:
             print(f"{r['work']:6}{r['label']:22} {r['error'][-300:]}")
             continue
+        memory = "".join(
+            f"{r[name]:7.2f}"
+            for name in ("load_peak_gib", "peak_reserved_gib", "peak_allocated_gib")
+        )
+        print(f"{r['work']:6}{r['label']:22}{memory}", end="")
+        if "step_s" not in r:
+            print(f"  losses {r['losses'][0]:.4f} to {r['losses'][-1]:.4f}")
+            continue
         mfu = r["train_tflop"] / r["step_s"] / 800
         print(
-            f"{r['work']:6}{r['label']:22}{r['load_peak_gib']:7.2f}{r['peak_reserved_gib']:7.2f}{r['peak_allocated_gib']:7.2f}"
             f"{r['step_s']:9.3f}{r['tokens_per_second']:8.0f}{r.get('speedup_over_trl', 0):6.2f}"
             f"{r.get('launches', 0):8d}"
             f"{r.get('gpu_busy_ms', 0):7.0f}{100 * mfu:5.1f}%"

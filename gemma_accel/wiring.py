@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemma_accel import allocator
+from gemma_accel import allocator, guards
 from gemma_accel.hotpath import remembered
 from gemma_accel.models import base_model, is_gemma4, model_device, text_model
 from gemma_accel.report import Report
@@ -46,6 +46,7 @@ def on_applied(
     report._undos.append(let_go)
     report._undos.append(allocator.expand_segments())
     report._undos.append(report._uncap)
+    report._undos.append(guards.guard_model(base, report))
     live_in(base, report, budget, capped=capped)
     text = text_model(base)
     if hasattr(model, "peft_config") and isinstance(text, FusedGemma4TextModel):
@@ -62,6 +63,7 @@ def live_in(base: nn.Module, report: Report, budget: float | None, *, capped: bo
     policy = getattr(text_model(base), "memory", None)
     if policy is not None and budget is not None:
         policy.set_budget(int(budget * 2**30))
+        policy.tell = functools.partial(report.note, "layers")
 
 
 def _plan(base: Any, budget: float | None, *, batch_size: int, sequence_length: int) -> Any:
@@ -191,6 +193,7 @@ def _attach(trainer: Any, report: Report) -> None:
     """Give the trainer its callback, unless the user already did."""
     from gemma_accel.callback import GradientAccumulationCallback
 
+    guards.check_trainer(trainer, report)
     callbacks = trainer.callback_handler.callbacks
     callback = next((c for c in callbacks if isinstance(c, GradientAccumulationCallback)), None)
     if callback is None:

@@ -57,6 +57,7 @@ class MemoryPolicy:
         self.budget: int | None = None
         self.fixed = self.trained = 0
         self.captures = False  # whether the `cuda_graphs` patch is there
+        self.tell: Callable[[str], None] | None = None  # hears what was chosen, in words
         self.chosen: dict[tuple[int, ...], list[Mode]] = {}
         self._graphed: dict[tuple[int, ...], bool] = {}
         self._inputs = OffloadedInputs()
@@ -64,7 +65,12 @@ class MemoryPolicy:
     def __deepcopy__(self, memo: Any) -> MemoryPolicy:
         twin = object.__new__(MemoryPolicy)
         twin.__dict__.update(
-            self.__dict__, chosen={}, _graphed={}, captures=False, _inputs=OffloadedInputs()
+            self.__dict__,
+            chosen={},
+            _graphed={},
+            captures=False,
+            tell=None,
+            _inputs=OffloadedInputs(),
         )
         return twin
 
@@ -98,6 +104,8 @@ class MemoryPolicy:
             if not self._graphed[key]:
                 modes = choose_modes(self.shapes, tokens, available, loss, itemsize)
             self.chosen[key] = modes
+            if self.tell is not None:
+                self.tell(self.summary())
         return self.chosen[key]
 
     def graphs_fit(self, hidden: Tensor) -> bool:

@@ -107,18 +107,22 @@ class OffloadedInputs:
         if first:
             self._last = None
 
+        with torch.autograd.graph.saved_tensors_hooks(self._pack(hidden.data_ptr()), _unpack):
+            return stock(forward, hidden, *rest)
+
+    def _pack(self, pointer: int) -> Callable[[Tensor], Any]:
+        """A hook that sends away what lies at ``pointer``. It must not hold the tensor itself:
+        autograd keeps the hook until backward.
+        """
+
         def pack(tensor: Tensor) -> Any:
-            if (
-                tensor.data_ptr() != hidden.data_ptr()
-                or not tensor.is_cuda
-                or not tensor.is_contiguous()
-            ):
+            if tensor.data_ptr() != pointer or not tensor.is_cuda or not tensor.is_contiguous():
                 return tensor
             self._last = _Slot(self, tensor, self._last)
             return self._last
 
-        def unpack(packed: Any) -> Tensor:
-            return packed.tensor() if isinstance(packed, _Slot) else packed
+        return pack
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return stock(forward, hidden, *rest)
+
+def _unpack(packed: Any) -> Tensor:
+    return packed.tensor() if isinstance(packed, _Slot) else packed
