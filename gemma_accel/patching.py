@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gemma_accel import wiring
+from gemma_accel import fingerprints, wiring
 from gemma_accel.budget import memory_budget
 from gemma_accel.errors import (
     ForeignPatchError,
@@ -126,8 +126,8 @@ def _choose(offered: list[Patch], names: Iterable[str] | None) -> list[Patch]:
 def _candidates(
     base: nn.Module, patches: list[Patch], report: Report
 ) -> list[tuple[Patch, str, nn.Module]]:
-    """Where each patch fits, in the patches' order; what does not fit goes to the report with its
-    reason.
+    """Where each patch fits, in the patches' order; what does not fit, or was written for other
+    source than what is installed, goes to the report with its reason.
     """
     found = []
     taken: dict[tuple[str, str], str] = {}
@@ -135,6 +135,7 @@ def _candidates(
     modules = list(base.named_modules())
     for patch in patches:
         matched = False
+        changed = fingerprints.why_not(patch.name)
         for path, module in modules:
             if not patch.matches(path, module):
                 continue
@@ -142,7 +143,7 @@ def _candidates(
             if not registry().selects(patch, path, module):
                 report.skip(patch.name, patch.modality, path, "a plugin deselected it")
                 continue
-            if reason := patch.why_not(module):
+            if reason := changed or patch.why_not(module):
                 report.skip(patch.name, patch.modality, path, reason)
                 continue
             if (needed := patch.needs(module)) and (path, needed) not in placed:
