@@ -143,8 +143,15 @@ def _profiled(spec: dict):
 
 
 def _host_gib() -> dict:
-    """Resident and locked memory of this process."""
-    wanted = {"VmHWM": "resident_peak", "VmLck": "locked", "VmPin": "pinned"}
+    """Resident memory of this process: its own, pages of files (the kernel may take those back
+    unless they are locked), shared ones (files on a tmpfs), and the peak of all.
+    """
+    wanted = {
+        "RssAnon": "anonymous",
+        "RssFile": "of_files",
+        "RssShmem": "shared",
+        "VmHWM": "resident_peak",
+    }
     out = {}
     for line in Path("/proc/self/status").read_text().splitlines():
         name, _, value = line.partition(":")

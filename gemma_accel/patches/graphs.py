@@ -65,7 +65,8 @@ class _Captured:
             return torch.autograd.grad(out, wanted, grad, allow_unused=True)
 
         # once on a stream of its own, as capturing wants it: libraries make their handles and
-        # workspaces
+        # workspaces. Memory is cached a stream: what the steps until now left behind goes first
+        torch.cuda.empty_cache()
         aside = torch.cuda.Stream(device)
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
