@@ -40,8 +40,8 @@ def _call(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def guard_model(base: nn.Module, report: Report) -> Undo:
-    """Let `torch.compile` step around the decoder stack and the towers of ``base``, whether it is
-    called on the model or asked for in the training arguments; returns the undo.
+    """Let `torch.compile` step around everything below the head of ``base``, whether it is called
+    on the model, on a part of it, or asked for in the training arguments; returns the undo.
 
     Raises:
         UnsupportedTrainingError: DeepSpeed ZeRO-3 is on, and the weights are not all here.
@@ -49,13 +49,13 @@ def guard_model(base: nn.Module, report: Report) -> Undo:
     if is_deepspeed_zero3_enabled():
         raise UnsupportedTrainingError(_sentence(_DEEPSPEED))
     inner: Any = base.model
-    towers = (getattr(inner, name, None) for name in ("vision_tower", "audio_tower"))
-    modules: list[Any] = [text_model(base), *(tower for tower in towers if tower is not None)]
+    parts = (getattr(inner, f"{name}_tower", None) for name in ("vision", "audio"))
+    modules: list[Any] = [inner, text_model(base), *filter(None, parts)]
     for module in modules:
         # the seam of `nn.Module.compile`: `__call__` goes there first. Bound as a method, so that a
         # deep copy's is its own; it is not pickled.
         module._compiled_call_impl = types.MethodType(_call, module)
-    report.note("torch.compile", "steps around the decoder stack and the towers")
+    report.note("torch.compile", "steps around all but the head, whose kernels are fused by hand")
 
     def undo() -> None:
         for module in modules:

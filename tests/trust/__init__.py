@@ -1,0 +1,1 @@
+"""What must hold when things go wrong, when a model is shipped, and over a long run."""
