@@ -20,6 +20,9 @@ import torch
 
 HERE = Path(__file__).parent
 ROWS = pytest.StashKey[dict]()
+"""What the kernels' cases measured, by case."""
+STEPS = pytest.StashKey[dict]()
+"""The rows of `benchmarks.train_step` and `benchmarks.bench_media`, by work."""
 ROUNDS, WARM_UP = 30, 5
 
 
@@ -34,7 +37,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("these need pytest-benchmark: pip install -e '.[bench]'")
-    config.stash[ROWS] = {}
+    config.stash[ROWS], config.stash[STEPS] = {}, {}
 
 
 def pytest_collection_modifyitems(config, items):
@@ -161,24 +164,21 @@ def rates(case, us):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = finished(config)
-    steps = config.stash.get(STEPS, {})
-    if rows:
-        terminalreporter.section("ours against stock, microseconds a call, forward and backward")
-        for line in kernel_table(rows):
-            terminalreporter.write_line(line)
-    if steps:
-        terminalreporter.section("training steps")
-        for line in step_table([row for rows in steps.values() for row in rows]):
-            terminalreporter.write_line(line)
+    from benchmarks.train_step import table
+
+    kernels, steps = finished(config), [r for rows in config.stash[STEPS].values() for r in rows]
+    for title, rows, lines in (
+        ("ours against stock, microseconds a call, forward and backward", kernels, kernel_table),
+        ("training steps", steps, table),
+    ):
+        if rows:
+            terminalreporter.section(title)
+            for line in lines(rows):
+                terminalreporter.write_line(line)
     if directory := config.getoption("--save-results"):
-        for kind, content in (("kernels", rows), ("steps", sum(steps.values(), []))):
-            if content:
-                terminalreporter.write_line(f"written: {save(directory, kind, content)}")
-
-
-STEPS = pytest.StashKey[dict]()
-"""The rows of `benchmarks.train_step`, by work."""
+        for kind, rows in (("kernels", kernels), *config.stash[STEPS].items()):
+            if rows:
+                terminalreporter.write_line(f"written: {save(directory, kind, rows)}")
 
 
 def finished(config):
@@ -220,29 +220,14 @@ def cells(row, unit, ratio, first):
     )
 
 
-def step_table(rows):
-    yield (
-        f"{'work':8}{'stack':20}{'load GiB':>10}{'train':>8}{'step ms':>9}{'tokens/s':>10}"
-        f"{'x':>7}{'launches':>10}{'MFU':>7}"
-    )
-    for row in rows:
-        line = f"{row['work']:8}{row.get('label', row['stack']):20}"
-        if "step_s" not in row:
-            yield f"{line}  {row.get('error', 'no result')[-160:]}"
-            continue
-        line += f"{row['load_peak_gib']:10.2f}{row['peak_reserved_gib']:8.2f}"
-        line += f"{row['step_s'] * 1e3:9.0f}{row.get('tokens_per_second', 0):10.0f}"
-        line += f"{row['speedup_over_trl']:7.2f}" if "speedup_over_trl" in row else f"{'':7}"
-        line += f"{row.get('launches', 0):10d}"
-        yield line + (f"{row['mfu']:7.1%}" if "mfu" in row else "")
-
-
 def save(directory, kind, rows):
-    """Under the card's own name, so that cards do not overwrite each other."""
+    """Under the card's own name, so that cards do not overwrite each other: one file for the
+    kernels, one for each work.
+    """
     about = where()
     card = about["card"] if torch.cuda.is_available() else "cpu"
-    slug = re.sub(r"[^a-z0-9]+", "-", card.lower().replace("nvidia", "").replace("geforce", ""))
-    path = Path(directory) / f"{slug.strip('-')}-{kind}.json"
+    name = f"{card} {kind}".lower().replace("nvidia", "").replace("geforce", "")
+    path = Path(directory) / f"{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     return path

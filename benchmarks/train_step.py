@@ -3,9 +3,11 @@
     python -m benchmarks.train_step --works W1 W2 --stacks trl gemma_accel --out results.json
 
 A parent starts one worker a stack. Every worker is the same stock TRL script; what differs is one
-import. A worker waits for its turn before each optimizer step, so that the stacks' steps alternate
-on the same card in the same minute, and reports time, memory and, for one more step under the
-profiler, launches and GPU-busy time.
+import (Unsloth, where it is installed, loads and adapts the model its own way). A worker waits for
+its turn before each optimizer step, so that the stacks' steps alternate on the same card in the
+same minute, and reports time, memory and, for one more step under the profiler, launches and
+GPU-busy time. A card that cannot hold the stacks side by side takes them one after the other with
+``--apart``.
 """
 
 from __future__ import annotations
@@ -16,18 +18,16 @@ import datetime
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.works import ADAPTED, WORKS, random_rows, train_flops
-
-PEAK_TFLOPS = {
-    "NVIDIA H100 80GB HBM3": 800
-}  # bf16, dense, as measured with an 8192-cubed product on random data
-
+from gemma_accel.telemetry import peak_tflops
 
 # -- the worker: a stock TRL script
 # -----------------------------------------------------------------------------------
@@ -49,6 +49,8 @@ def worker(spec: dict) -> None:
 
             patching.apply = functools.partial(patching.apply, vram_gib=spec["vram_gib"])
         import gemma_accel.auto  # noqa: F401 - the one line
+    if stack == "unsloth":
+        _prepare_unsloth(spec)
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
@@ -82,7 +84,10 @@ def worker(spec: dict) -> None:
         dataloader_pin_memory=True,
         use_liger_kernel=stack == "liger",
     )
-    if spec.get("float32"):
+    adapters = LoraConfig(r=work.lora_rank, lora_alpha=work.lora_rank, target_modules=ADAPTED)
+    if stack == "unsloth":
+        model, adapters = _load_unsloth(path, work), None
+    elif spec.get("float32"):
         model = path  # TRL's own way for a model given by name
         arguments.model_init_kwargs = kwargs
     else:
@@ -95,7 +100,7 @@ def worker(spec: dict) -> None:
         args=arguments,
         train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(path),
-        peft_config=LoraConfig(r=work.lora_rank, lora_alpha=work.lora_rank, target_modules=ADAPTED),
+        peft_config=adapters,
         callbacks=[measure],
     )
     if spec.get("float32"):
@@ -124,6 +129,42 @@ def worker(spec: dict) -> None:
         out["modes"] = text_model(base_model(trainer.model)).memory.summary()
         out["skipped"] = report_of(trainer.model).to_dict()["skipped"][:20]
     _say({"result": out})
+
+
+def _prepare_unsloth(spec: dict) -> None:
+    """Unsloth wants to be imported before what it patches. Its `torch.compile` had not got through
+    the first step after five minutes on the machine that was tried: off, unless asked for.
+    """
+    os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(spec["output_dir"]) / "unsloth"))
+    import unsloth  # noqa: F401
+
+
+def _load_unsloth(path: str, work):
+    """The model with its adapters, as Unsloth's documentation loads Gemma for text."""
+    import torch
+    from unsloth import FastModel
+
+    model, _ = FastModel.from_pretrained(
+        path,
+        max_seq_length=work.sequence_length,
+        dtype=torch.bfloat16,
+        load_in_4bit=work.quantised,
+        offload_embedding=True,
+        use_gradient_checkpointing="unsloth",
+    )
+    return FastModel.get_peft_model(
+        model,
+        finetune_vision_layers=False,
+        finetune_language_layers=True,
+        finetune_attention_modules=True,
+        finetune_mlp_modules=True,
+        r=work.lora_rank,
+        lora_alpha=work.lora_rank,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing="unsloth",
+    )
 
 
 @contextlib.contextmanager
@@ -321,8 +362,8 @@ def main() -> None:
         "--stacks",
         nargs="+",
         default=["trl", "gemma_accel"],
-        help="trl, liger, gemma_accel; gemma_accel:3.0 sets vram_gib, @7 caps the allocator: "
-        "gemma_accel:3.0@7",
+        help="trl, liger, unsloth, gemma_accel; gemma_accel:3.0 sets vram_gib, @7 caps the "
+        "allocator: gemma_accel:3.0@7",
     )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
@@ -335,6 +376,11 @@ def main() -> None:
         "--together",
         action="store_true",
         help="all workers step at once: for losses and memory, times then mean nothing",
+    )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="one stack after the other, for a card that cannot hold them side by side",
     )
     parser.add_argument("--directory", default="/dev/shm")
     parser.add_argument("--out", default="results.json")
@@ -357,10 +403,14 @@ def main() -> None:
                 spec = _spec(options, name, stack, path, seed)
                 number = sum(len(others) for _, others in jobs) + len(workers)
                 workers.append(Worker(spec, logs / f"{number:02}-{name}-{spec['stack']}.log"))
+                if options.apart:
+                    run_work(workers[-1:])
         jobs.append((name, workers))
     for name, workers in jobs:
-        run_work(workers, together=options.together)
+        if not options.apart:
+            run_work(workers, together=options.together)
         rows = [_row(WORKS[name], w, timed=not options.together) for w in workers]
+        where = _where()
         for row in rows:
             base = next(
                 (
@@ -372,9 +422,11 @@ def main() -> None:
             )
             if base and "step_s" in row:
                 row["speedup_over_trl"] = base["step_s"] / row["step_s"]
+            if where["peak_tflops"] and "step_s" in row:
+                row["mfu"] = row["train_tflop"] / row["step_s"] / where["peak_tflops"]
         results += rows
-        _print(rows)
-        Path(options.out).write_text(json.dumps({**_where(), "rows": results}, indent=1) + "\n")
+        print(*table(rows), sep="\n", flush=True)
+        Path(options.out).write_text(json.dumps({**where, "rows": results}, indent=1) + "\n")
 
 
 def _build_apart(model: str, directory: str) -> str:
@@ -463,33 +515,39 @@ def _where() -> dict:
         "versions": versions,
         "commit": commit,
         "weights": "random bf16 at the real shapes",
-        "peak_tflops": PEAK_TFLOPS.get(card),
+        "peak_tflops": peak_tflops(card),  # the vendor's, dense bfloat16
     }
 
 
-def _print(rows: list[dict]) -> None:
-    print(
-        f"{'work':6}{'stack':22}{'load':>7}{'train':>7}{'alloc':>7}"
-        f"{'step s':>9}{'tok/s':>8}{'x':>6}{'launch':>8}{'busy':>7}{'MFU':>6}"
+def table(rows: list[dict]) -> Iterator[str]:
+    """Lines of a table of rows, those of `benchmarks.bench_media` too."""
+    yield (
+        f"{'work':12}{'stack':20}{'load GiB':>9}{'train':>7}{'step ms':>9}{'tokens/s':>10}{'x':>7}"
+        f"{'launches':>10}{'GPU ms':>8}{'MFU':>7}"
     )
-    for r in rows:
-        if "error" in r:
-            print(f"{r['work']:6}{r['label']:22} {r['error'][-300:]}")
+    for row in rows:
+        line = f"{row['work']:12}{row['label']:20}"
+        if "error" in row:
+            short = "out of memory" if "OutOfMemory" in row["error"] else row["error"][-200:]
+            yield f"{line}  {short}"
             continue
-        memory = "".join(
-            f"{r[name]:7.2f}"
-            for name in ("load_peak_gib", "peak_reserved_gib", "peak_allocated_gib")
-        )
-        print(f"{r['work']:6}{r['label']:22}{memory}", end="")
-        if "step_s" not in r:
-            print(f"  losses {r['losses'][0]:.4f} to {r['losses'][-1]:.4f}")
-            continue
-        mfu = r["train_tflop"] / r["step_s"] / 800
-        print(
-            f"{r['step_s']:9.3f}{r['tokens_per_second']:8.0f}{r.get('speedup_over_trl', 0):6.2f}"
-            f"{r.get('launches', 0):8d}"
-            f"{r.get('gpu_busy_ms', 0):7.0f}{100 * mfu:5.1f}%"
-        )
+        line += f"{row['load_peak_gib']:9.2f}{row['peak_reserved_gib']:7.2f}"
+        if "step_s" in row:
+            line += f"{row['step_s'] * 1e3:9.1f}"
+            line += _cell(row, "tokens_per_second", "10.0f") + _cell(
+                row, "speedup_over_trl", "7.2f"
+            )
+            line += _cell(row, "launches", "10d") + _cell(row, "gpu_busy_ms", "8.0f")
+            line += _cell(row, "mfu", "7.1%")
+            line += f"  {row['wrong']}" if "wrong" in row else ""
+        elif row.get("losses"):
+            line += f"  losses {row['losses'][0]:.4f} to {row['losses'][-1]:.4f}"
+        yield line.rstrip()
+
+
+def _cell(row: dict, name: str, form: str) -> str:
+    width = int(re.match(r"\d+", form)[0])
+    return f"{row[name]:{form}}" if name in row else " " * width
 
 
 if __name__ == "__main__":
