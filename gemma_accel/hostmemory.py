@@ -18,6 +18,7 @@ import ctypes
 import math
 import mmap
 import os
+import warnings
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,10 @@ class HostTable:
         self._registration: _Registration | None = None
         self._pinned: Tensor | None = None
         self._decided = False
+        self._told = False
         self._fd: int | None = None
+        if isinstance(source, FileSlice):
+            self._file(source)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,9 +166,38 @@ class HostTable:
         """The table as a CPU tensor. For a file: private pages, so that a stray write never reaches
         the file.
         """
-        if isinstance(self.source, FileSlice):
-            return _private_tensor(self.source)
-        return self.source
+        source = self.source
+        if isinstance(source, FileSlice):
+            fd = self._file(source)
+            self._check_unwritten(source, fd)
+            return _private_tensor(source, fd)
+        return source
+
+    def check(self, *, name_too: bool = True) -> None:
+        """Raise `StaleFileError` if the table's bytes may have changed since it was bound.
+
+        A file that was deleted, or replaced by another of its name, is still open here and as it
+        was: that is an error for what is to stand beside the file or take its place, and a warning,
+        once, with ``name_too=False``, for what does not hold the table (adapters). A table in this
+        process's own memory is unaffected by either.
+        """
+        source = self.source
+        if isinstance(source, Tensor) or (self._pinned is not None and not name_too):
+            return
+        self._check_unwritten(source, self._file(source))
+        try:
+            source.check()
+        except StaleFileError as error:
+            if name_too:
+                raise
+            if not self._told:
+                self._told = True
+                warnings.warn(
+                    f"{error} What runs here goes on with the file that it opened, which is as it "
+                    "was; adapters are saved as ever.",
+                    UserWarning,
+                    stacklevel=2,
+                )
 
     def close(self) -> None:
         """Give locked memory and the file back."""
@@ -192,8 +225,9 @@ class HostTable:
             return "the table is not in a file"
         if refusal := _why_not_lock(self.nbytes, shared=True):
             return refusal
-        self.source.check()
-        registration = _Registration.of_file(self.source)
+        fd = self._file(self.source)
+        self._check_unwritten(self.source, fd)
+        registration = _Registration.of_file(self.source, fd)
         if isinstance(registration, str):
             return registration
         self._take(registration, "mapped", "the GPU reads the checkpoint's own pages")
@@ -208,7 +242,10 @@ class HostTable:
         if isinstance(self.source, Tensor) and hasattr(self.source, "_gemma_accel_pages"):
             copy = self.source
         else:
-            copy = host_empty(self.shape, self.dtype)
+            try:
+                copy = host_empty(self.shape, self.dtype)
+            except OSError as error:
+                return f"a copy of {self.nbytes / 2**30:.1f} GiB was refused ({error.strerror})"
             copy.copy_(self.tensor())
         # registered rather than allocated pinned: the caching host allocator would round 4.4 GiB up
         # to 8
@@ -238,9 +275,8 @@ class HostTable:
     def _pread(self, ids: list[int], out: Tensor) -> None:
         source = self.source
         assert isinstance(source, FileSlice)
-        if self._fd is None:
-            source.check()
-            self._fd = os.open(source.path, os.O_RDONLY)
+        fd = self._file(source)
+        self._check_unwritten(source, fd)
         size = source.row_bytes
         buffer = memoryview((ctypes.c_char * max(out.nbytes, 1)).from_address(out.data_ptr())).cast(
             "B"
@@ -251,10 +287,28 @@ class HostTable:
                     f"row {row} of a table with {source.rows} rows: a token id is out of range"
                 )
             view = buffer[position * size : (position + 1) * size]
-            if os.preadv(self._fd, [view], source.offset + row * size) != size:
-                raise StaleFileError(
-                    f"{source.path} was cut short while in use. Load the model again."
-                )
+            if os.preadv(fd, [view], source.offset + row * size) != size:
+                self._check_unwritten(source, fd)
+                raise StaleFileError(f"{source.path} gave fewer bytes than it holds.")
+
+    def _file(self, source: FileSlice) -> int:
+        """The table's file, opened when it is bound: what becomes of its name is no matter then."""
+        if self._fd is None:
+            source.check()
+            self._fd = os.open(source.path, os.O_RDONLY)
+        return self._fd
+
+    @staticmethod
+    def _check_unwritten(source: FileSlice, fd: int) -> None:
+        """Raise `StaleFileError` if somebody wrote into the open file or cut it short."""
+        stat = os.fstat(fd)
+        if (stat.st_size, stat.st_mtime_ns) == source.identity[2:]:
+            return
+        what = "cut short" if stat.st_size < source.identity[2] else "written to"
+        raise StaleFileError(
+            f"{source.path} was {what} while in use by a running model, which cannot go on with "
+            "it. Restore the file, load the model again, and resume from the last checkpoint."
+        )
 
 
 @dataclass
@@ -306,28 +360,34 @@ def locked_empty(nbytes: int) -> Tensor:
     Locked by registration: PyTorch's own pinned allocator rounds up to a power of two, twice the
     memory at worst.
     """
+    global _told_of_pageable
     tensor = host_empty((nbytes,), torch.uint8)
     registration = _Registration.of_tensor(tensor)
     if not isinstance(registration, str):
         registration._keep = None  # the tensor keeps the registration, not the other way round
         weakref.finalize(tensor, registration.close)
+    elif not _told_of_pageable:
+        _told_of_pageable = True
+        warnings.warn(
+            f"what is offloaded waits in pageable memory, which copies slower: {registration}",
+            UserWarning,
+            stacklevel=2,
+        )
     return tensor
+
+
+_told_of_pageable = False
 
 
 # -- memory and the driver
 # ---------------------------------------------------------------------------------------------
 
 
-def _private_tensor(source: FileSlice) -> Tensor:
-    with open(source.path, "rb") as file:
-        source.check()
-        start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
-        view = mmap.mmap(
-            file.fileno(),
-            source.offset + source.nbytes - start,
-            access=mmap.ACCESS_COPY,
-            offset=start,
-        )
+def _private_tensor(source: FileSlice, fd: int) -> Tensor:
+    start = source.offset - source.offset % mmap.ALLOCATIONGRANULARITY
+    view = mmap.mmap(
+        fd, source.offset + source.nbytes - start, access=mmap.ACCESS_COPY, offset=start
+    )
     flat = torch.frombuffer(
         view, dtype=source.dtype, count=source.rows * source.columns, offset=source.offset - start
     )
@@ -386,8 +446,8 @@ class _Registration:
         self.host_address, self.device_address, self._keep = host_address, device_address, keep
 
     @classmethod
-    def of_file(cls, source: FileSlice) -> _Registration | str:
-        """Map a file's slice shared and read-only and register it, or say why not."""
+    def of_file(cls, source: FileSlice, fd: int) -> _Registration | str:
+        """Map an open file's slice shared and read-only and register it, or say why not."""
         driver = _driver()
         if isinstance(driver, str):
             return driver
@@ -403,11 +463,7 @@ class _Registration:
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
         libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-        fd = os.open(source.path, os.O_RDONLY)
-        try:
-            address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
-        finally:
-            os.close(fd)
+        address = libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
         if address in (None, ctypes.c_void_p(-1).value):
             return f"the file cannot be mapped ({os.strerror(ctypes.get_errno())})"
         mapping = _Mapping(libc, address, length)
@@ -437,7 +493,8 @@ class _Registration:
         code = driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(length), flags)
         if code:
             return (
-                f"page-locking {length / 2**30:.1f} GiB was refused ({_error_name(driver, code)})"
+                f"page-locking {_amount(length)} was refused ({_error_name(driver, code)}"
+                f"{_lock_limit(length)})"
             )
         device_address = ctypes.c_uint64()
         code = driver.cuMemHostGetDevicePointer_v2(
@@ -467,6 +524,22 @@ class _Mapping:
         if self._address:
             self._libc.munmap(self._address, self._length)
             self._address = 0
+
+
+def _lock_limit(nbytes: int) -> str:
+    """The process's limit on locked memory, for a message, where ``nbytes`` exceed it."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return ""
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if limit == resource.RLIM_INFINITY or nbytes <= limit:
+        return ""
+    return f"; the limit on locked memory is {_amount(limit)}, `ulimit -l` raises it"
+
+
+def _amount(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 // 10 else f"{nbytes / 2**10:.0f} KiB"
 
 
 def _driver() -> ctypes.CDLL | str:

@@ -7,18 +7,23 @@ for E2B in 4 bits, 8.60 for E4B, of which the per-layer embedding table (PLE), n
 checkpoint files come by, its place in them is noted; once the model is loaded the table is bound to
 that place.
 
-Two class attributes on `Gemma4PreTrainedModel` carry this (`from_pretrained` and the static
+Three class attributes on `Gemma4PreTrainedModel` carry this (`from_pretrained`; the static
 `_load_pretrained_model`, which receives the resolved files whatever the revision, subfolder,
-variant or sharding); removing them is the undo.
+variant or sharding; and `save_pretrained`, for a model that is saved over the file that its table
+is read from); removing them is the undo.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
+import re
+import shutil
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -69,6 +74,7 @@ def install_load_path() -> Callable[[], None]:
     seam: Any = Gemma4PreTrainedModel  # to a type checker a method is nothing to assign to
     stock_from_pretrained = seam.from_pretrained.__func__
     stock_load = seam._load_pretrained_model
+    stock_save = seam.save_pretrained
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if _loads.current is not None or is_deepspeed_zero3_enabled():
@@ -92,12 +98,25 @@ def install_load_path() -> Callable[[], None]:
             load_config = _locate(model, state_dict, checkpoint_files, load_config, _loads.current)
         return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
+    @functools.wraps(stock_save)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if not (tables := _tables_read_from(self, save_directory)):
+            return stock_save(self, save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        with _written_aside(Path(save_directory)) as aside:
+            result = stock_save(self, aside, *args, **kwargs)
+            saved = [Path(save_directory) / file.name for file in aside.iterdir()]
+        _bind_to_saved(self, tables, saved)
+        return result
+
     from_pretrained.__doc__ = stock_from_pretrained.__doc__
     seam.from_pretrained = classmethod(from_pretrained)
     seam._load_pretrained_model = staticmethod(_load_pretrained_model)
+    seam.save_pretrained = save_pretrained
 
     def undo() -> None:
-        for name in ("from_pretrained", "_load_pretrained_model"):
+        for name in ("from_pretrained", "_load_pretrained_model", "save_pretrained"):
             if name in vars(Gemma4PreTrainedModel):
                 delattr(Gemma4PreTrainedModel, name)
 
@@ -194,6 +213,63 @@ def _bind(model: Any, load: _Load) -> None:
             "checkpoint never came by (a distributed checkpoint?). Convert the checkpoint to "
             "safetensors, or set GEMMA_ACCEL_DISABLE=1 to load it the stock way."
         )
+
+
+# -- saving over the file that is in use ----------------------------------------------------------
+
+
+def _tables_read_from(model: Any, directory: Any) -> list[HostPerLayerEmbedding]:
+    """The model's tables whose file is one of ``directory``'s, under whatever name."""
+    sources = {}
+    for _, table in _tables(model):
+        if table.host is not None and isinstance(table.host.source, FileSlice):
+            sources[table] = table.host.source.identity[:2]
+    if not sources or not os.path.isdir(directory):
+        return []
+    files = [os.stat(entry) for entry in os.scandir(directory) if entry.is_file()]
+    there = {(file.st_dev, file.st_ino) for file in files}
+    return [table for table, file in sources.items() if file in there]
+
+
+@contextlib.contextmanager
+def _written_aside(directory: Path) -> Iterator[Path]:
+    """A directory inside ``directory`` whose files take their places there at the end. If the body
+    raises, everything is as it was: the file in use is neither cut short nor half written.
+    """
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        yield aside
+        outdated = _outdated_weights(directory, aside)
+        for file in list(aside.iterdir()):
+            os.replace(file, directory / file.name)
+        for file in outdated:
+            file.unlink()
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _outdated_weights(directory: Path, saved: Path) -> list[Path]:
+    """Weights of an earlier save in other shards, which stock would delete or a loader prefer."""
+    new = {file.name for file in saved.iterdir()}
+    pattern = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+    if not any(map(pattern.fullmatch, new)):
+        return []
+    return [f for f in directory.iterdir() if pattern.fullmatch(f.name) and f.name not in new]
+
+
+def _bind_to_saved(model: Any, tables: list[HostPerLayerEmbedding], saved: list[Path]) -> None:
+    """Read the tables from what was just saved, where it took their own file's place."""
+    from gemma_accel.models import text_model
+
+    files = sorted(str(file) for file in saved if file.suffix == ".safetensors")
+    for table in tables:
+        source = _find_table(files, tuple(table.weight.shape))
+        if source is not None and table.host is not None:
+            table.host.close()
+            table.bind(source, requires_grad=table.weight.requires_grad)
+    for layer in text_model(model).layers:
+        if (graphs := vars(layer).get("graphs")) is not None:
+            graphs.drop()  # they hold the old file's address
 
 
 def _find_table(files: list[str], shape: tuple[int, ...]) -> FileSlice | None:

@@ -102,8 +102,10 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self.host is not None and isinstance(self.host.source, FileSlice):
-            self.host.source.check()  # before its pages are copied into somebody's checkpoint
+        if self.host is not None:
+            # before its pages are copied into somebody's checkpoint; PEFT, which asks for
+            # everything and keeps the adapters, asks under a prefix of its own
+            self.host.check(name_too=not prefix.startswith("base_model."))
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -321,6 +323,7 @@ def settle_table(model: Gemma4TextModel, device: torch.device) -> str:
 
 
 def _bring_back(table: Any, device: torch.device) -> None:
+    table.host.check()  # reading pages of a file that was cut short would end the process
     weight = torch.empty(table.weight.shape, dtype=table._output_dtype, device=device)
     weight.copy_(table.weight.detach())
     table._parameters["weight"] = nn.Parameter(weight, requires_grad=table.weight.requires_grad)

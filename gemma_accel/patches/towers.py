@@ -7,6 +7,7 @@ does arrive, the tower moves to its input and runs as ever.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -75,20 +76,25 @@ def _park(tower: Any) -> None:
         return
     tower.to("cpu")
     hook = tower.register_forward_pre_hook(_unpark, with_kwargs=True, prepend=True)
-    apply = tower._apply
+    tower._gemma_accel_parked = hook.id
+    tower._apply = MethodType(_stay, tower)  # a method, so that a deep copy has its own
 
-    def stay(fn: Any, recurse: bool = True) -> nn.Module:
-        # `model.to(device)` passes a parked tower by; a change of dtype does not
-        probe = fn(torch.empty(0))
-        return tower if probe.device.type != "cpu" else apply(fn, recurse)
 
-    tower._gemma_accel_parked = hook
-    tower._apply = stay
+def _stay(tower: Any, fn: Any, recurse: bool = True) -> nn.Module:
+    """`model.to(device)` passes a parked tower by; a change of dtype does not."""
+    probe = fn(torch.empty(0))
+    return tower if probe.device.type != "cpu" else type(tower)._apply(tower, fn, recurse)
 
 
 def _unpark(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
-    tower._gemma_accel_parked.remove()
+    stay = vars(tower).pop("_apply")
+    try:
+        tower.to(device)
+    except BaseException:  # out of memory half way: back to where it was, parked as before
+        tower.to("cpu")
+        tower._apply = stay
+        raise
+    for hooks in (tower._forward_pre_hooks, tower._forward_pre_hooks_with_kwargs):
+        hooks.pop(tower._gemma_accel_parked, None)
     tower._gemma_accel_parked = None
-    del tower._apply
-    tower.to(device)
