@@ -111,9 +111,9 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "weight")
         if self.host is not None and given is not None and given.shape == self.weight.shape:
-            # another table: keep it beside the file rather than write into the file's pages
-            same = given.data_ptr() == self.weight.data_ptr()
-            if not same:
+            # another table: keep it beside the file rather than write into the file's pages. One
+            # that is equal (a frozen table comes back so with every checkpoint) stays in the file
+            if given.data_ptr() != self.weight.data_ptr() and not _equal(given, self.weight):
                 self.host.close()
                 self.bind(
                     given.detach().to("cpu", copy=True), requires_grad=self.weight.requires_grad
@@ -122,6 +122,11 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
                 key: value for key, value in state_dict.items() if key != prefix + "weight"
             }
             state_dict[prefix + "weight"] = self.weight
+            as_bound = (self.weight.data_ptr(), self.weight._version) == self._bound
+            super()._load_from_state_dict(state_dict, prefix, *args)
+            if as_bound:  # loading it into itself counted as a write and changed nothing
+                self._bound = (self.weight.data_ptr(), self.weight._version)
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostPerLayerEmbedding:
@@ -135,6 +140,13 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
         memo[id(self.weight)] = weight
         twin._parameters = {"weight": weight}
         return twin
+
+
+def _equal(given: Tensor, weight: Tensor) -> bool:
+    if given.dtype != weight.dtype or given.device != weight.device:
+        return False
+    parts = zip(given.split(8192), weight.detach().split(8192), strict=True)
+    return all(torch.equal(a, b) for a, b in parts)
 
 
 class LayerInput:
