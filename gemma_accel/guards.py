@@ -148,7 +148,7 @@ def _kept_elsewhere(model: nn.Module) -> set[str]:
     """
     from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 
-    names = set()
+    names: set[str] = set()
     for path, module in model.named_modules():
         parked = getattr(module, "_gemma_accel_parked", None) is not None
         if not parked and type(module) is not HostPerLayerEmbedding:

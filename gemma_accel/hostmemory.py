@@ -18,6 +18,7 @@ import ctypes
 import math
 import mmap
 import os
+import sys
 import warnings
 import weakref
 from dataclasses import dataclass
@@ -209,11 +210,9 @@ class HostTable:
         self._decided = False
 
     def __del__(self) -> None:
-        if (
-            getattr(self, "_registration", None) is not None
-            or getattr(self, "_fd", None) is not None
-        ):
-            self.close()
+        held = (getattr(self, name, None) for name in ("_registration", "_fd"))
+        if any(one is not None for one in held) and not sys.is_finalizing():
+            self.close()  # the end of the process gives all of it back anyway
 
     # -- the three ways --
 

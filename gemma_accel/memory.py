@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any
 
 __all__ = [
+    "AWAY",
     "LayerShape",
     "Mode",
     "between_layers_bytes",
@@ -38,22 +39,33 @@ class Mode(Enum):
     """gate and up, half of what a layer keeps, are computed again"""
     RECOMPUTE = "recompute"
     """only the layer's input is kept"""
-    RECOMPUTE_TILED = "recompute in tiles"
-    """and its MLP runs a few tokens at a time"""
     OFFLOAD = "offload"
-    """and its input waits in host memory"""
+    """and the input waits in host memory; copies overlap, so this costs next to no time"""
+    RECOMPUTE_TILED = "recompute in tiles"
+    """as `RECOMPUTE`, and the MLP runs a few tokens at a time"""
+    OFFLOAD_TILED = "offload, in tiles"
+    """both"""
     TIGHT = "offload, in parts"
     """and it is replayed half by half, its query heads a few at a time"""
 
 
-_GRADES = tuple(reversed(Mode))
+AWAY = frozenset({Mode.OFFLOAD, Mode.OFFLOAD_TILED, Mode.TIGHT})
+"""Modes whose layer keeps nothing on the device from its forward to its backward."""
+_RAISES = (
+    (Mode.TIGHT, Mode.OFFLOAD_TILED),
+    (Mode.OFFLOAD_TILED, Mode.OFFLOAD),
+    (Mode.OFFLOAD, Mode.RECOMPUTE),
+    (Mode.RECOMPUTE, Mode.RECOMPUTE_MLP),
+    (Mode.RECOMPUTE_MLP, Mode.KEEP),
+    (Mode.OFFLOAD_TILED, Mode.RECOMPUTE_TILED),  # what is left over spares host memory
+)
 
 
 def mlp_schedule(mode: Mode, tokens: int) -> tuple[bool, int | None]:
     """Whether a layer's MLP keeps gate and up (in the replay, where the layer is recomputed), and
     its tokens in flight.
     """
-    if mode in (Mode.KEEP, Mode.RECOMPUTE):
+    if mode in (Mode.KEEP, Mode.RECOMPUTE, Mode.OFFLOAD):
         return True, None
     if mode is Mode.RECOMPUTE_MLP:
         return False, 4096
@@ -131,7 +143,7 @@ def _head_size_and_keys(text: Any, index: int, sliding: bool) -> tuple[int, int]
 
 def kept_bytes(layer: LayerShape, mode: Mode, itemsize: int = 2) -> int:
     """Bytes a token of ``layer`` keeps from its forward to its backward."""
-    if mode in (Mode.OFFLOAD, Mode.TIGHT):
+    if mode in AWAY:
         return 0
     if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED):
         return layer.hidden * itemsize
@@ -160,10 +172,10 @@ def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 
     if mode is Mode.TIGHT:
         return (_tight(layer, tokens, mlp) + flow + weight) * itemsize
     replayed = 0
-    if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED, Mode.OFFLOAD):
+    if mode not in (Mode.KEEP, Mode.RECOMPUTE_MLP):
         as_if = Mode.KEEP if keeps else Mode.RECOMPUTE_MLP
         replayed = tokens * (kept_bytes(layer, as_if, itemsize) - layer.hidden * itemsize)
-    if mode is Mode.OFFLOAD:
+    if mode in AWAY:
         replayed += 2 * tokens * layer.hidden * itemsize  # its input, and the next one on its way
     return (max(mlp, attention) + flow + weight) * itemsize + replayed
 
@@ -195,7 +207,7 @@ def between_layers_bytes(
     )
     if layers[0].per_layer:
         # layer 0 may keep the embeddings anyway: they are its input
-        copies = 2 if modes[0] in (Mode.OFFLOAD, Mode.TIGHT) else 1
+        copies = 2 if modes[0] in AWAY else 1
         total += copies * tokens * layers[0].hidden * itemsize
     for index in _sharing(layers):
         kept = modes[index] in (Mode.KEEP, Mode.RECOMPUTE_MLP)
@@ -231,10 +243,11 @@ def choose_modes(
 
     Backward frees the last layers' activations first, so what they keep is out of the way when an
     early layer is recomputed: layers are raised from the last to the first, a grade at a time, as
-    long as the step's highest point fits.
+    long as the step's highest point fits. An input goes to host memory before an MLP is cut into
+    tiles: the copies overlap, while tiles dequantise every weight again and again.
     """
-    modes = [_GRADES[0]] * len(layers)
-    for grade, below in zip(_GRADES[1:], _GRADES, strict=False):
+    modes = [Mode.TIGHT] * len(layers)
+    for below, grade in _RAISES:
         for index in reversed(range(len(layers))):
             if modes[index] is not below:
                 continue

@@ -131,7 +131,7 @@ class Report:
         from rich.console import Console
 
         out = io.StringIO()
-        Console(file=out, width=110, force_terminal=False).print(self)
+        Console(file=out, width=110, force_terminal=False, force_jupyter=False).print(self)
         return out.getvalue().rstrip()
 
     def __rich_console__(self, console: Any, options: Any) -> Any:

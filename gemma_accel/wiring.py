@@ -227,7 +227,7 @@ def _scales(state: Any) -> Iterator[torch.Tensor]:
     """The tensors of a bitsandbytes ``QuantState``, nested ones too."""
     while state is not None:
         yield from (t for t in (state.absmax, state.offset) if isinstance(t, torch.Tensor))
-        state = state.state2
+        state = getattr(state, "state2", None)  # which packing for the CPU deletes
 
 
 def _refuse_reentrant(text: Any, arguments: Any) -> None:

@@ -21,6 +21,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 from gemma_accel.hookspecs import Patch
 from gemma_accel.memory import (
+    AWAY,
     Mode,
     between_layers_bytes,
     choose_modes,
@@ -36,7 +37,7 @@ from gemma_accel.patches.seams import Fused, Undoing
 __all__ = ["MemoryPolicy", "checkpointing_patch", "graphs_patch"]
 
 GIB = 2**30
-LEAN = {Mode.RECOMPUTE_TILED, Mode.OFFLOAD, Mode.TIGHT}
+LEAN = AWAY | {Mode.RECOMPUTE_TILED}
 """Modes that are chosen where memory is short: CUDA graphs, which hold memory, are not for them."""
 # of the budget: what the caching allocator cannot use for being in pieces, and what no arithmetic
 # names
@@ -152,7 +153,7 @@ class MemoryPolicy:
         # no random numbers are drawn in a layer without dropout: their state need not be saved and
         # put back around every one
         again = functools.partial(stock, preserve_rng_state=_draws(layer))
-        if mode in (Mode.OFFLOAD, Mode.TIGHT) and hidden.is_cuda:
+        if mode in AWAY and hidden.is_cuda:
             return self._inputs.run(again, forward, hidden, *rest, first=layer.layer_idx == 0)
         return again(forward, hidden, *rest)
 

@@ -100,9 +100,7 @@ def test_modes_may_differ_from_layer_to_layer(executions):
     _, expected = gradients(adapted(applied=False)[1], batch())
     model, peft = adapted()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    force(
-        model, [Mode.OFFLOAD, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP]
-    )
+    force(model, [Mode.OFFLOAD_TILED, Mode.OFFLOAD, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP])
     _, grads = gradients(peft, batch())
     assert max(relative(grads[n], expected[n]) for n in grads) < 1e-4
     assert executions == [2, 2, 2, 1, 1]
@@ -114,9 +112,7 @@ def test_two_forwards_before_a_backward():
     _, reference = adapted(applied=False)
     model, peft = adapted()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    force(
-        model, [Mode.OFFLOAD, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP]
-    )
+    force(model, [Mode.OFFLOAD_TILED, Mode.OFFLOAD, Mode.RECOMPUTE, Mode.RECOMPUTE_MLP, Mode.KEEP])
     results = []
     for m in (reference, peft):
         m.zero_grad()
@@ -232,7 +228,7 @@ class TestChoice:
 @pytest.mark.gpu
 def test_offloading_on_a_gpu_gives_the_same_gradients_and_holds_less():
     results = {}
-    for mode in (Mode.RECOMPUTE_TILED, Mode.OFFLOAD):
+    for mode in (Mode.RECOMPUTE, Mode.OFFLOAD):
         model, peft = adapted(hidden_size=256)
         peft.cuda()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -241,14 +237,14 @@ def test_offloading_on_a_gpu_gives_the_same_gradients_and_holds_less():
         for _ in range(2):  # the second step reuses the host buffers
             _, grads = gradients(peft, inputs)
         results[mode] = grads
-    for name, expected in results[Mode.RECOMPUTE_TILED].items():
+    for name, expected in results[Mode.RECOMPUTE].items():
         assert torch.equal(results[Mode.OFFLOAD][name], expected), name
 
 
 @pytest.mark.gpu
 def test_an_offloaded_input_leaves_the_gpu():
     held = {}
-    for mode in (Mode.RECOMPUTE_TILED, Mode.OFFLOAD):
+    for mode in (Mode.RECOMPUTE, Mode.OFFLOAD):
         model, peft = adapted(hidden_size=256)
         peft.cuda()
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -264,4 +260,4 @@ def test_an_offloaded_input_leaves_the_gpu():
             loss.backward()
         del loss, peft, model
     of_four_layers = 4 * 2 * 400 * 256 * 4  # the first one's is what every layer reads: it stays
-    assert held[Mode.RECOMPUTE_TILED] - held[Mode.OFFLOAD] >= 0.9 * of_four_layers
+    assert held[Mode.RECOMPUTE] - held[Mode.OFFLOAD] >= 0.9 * of_four_layers
