@@ -443,8 +443,10 @@ class TestCompile:
         loss, grads = gradients(called, model)
         assert loss == pytest.approx(expected[0], rel=1e-6)
         assert error(grads, expected[1]) < 1e-6
-        assert any("_fused_forward" in trace for trace in traced)  # TRL's head was compiled
-        assert not any("gemma_accel" in trace or "modeling_gemma4" in trace for trace in traced)
+        head = "_fused_forward" if SFT_ON_CPU else "ForCausalLMLoss"
+        assert any(head in trace for trace in traced)  # it was compiled
+        below = ("gemma_accel/kernels", "decoder_layer(", "self_attn(", "rotary_emb(", "_mask(")
+        assert not any(part in trace for trace in traced for part in below)
         assert "steps around" in report.notes["torch.compile"]
 
     def test_a_trainer_that_compiles_trains_as_one_that_does_not(self, tmp_path):
