@@ -355,6 +355,11 @@ class _Run:
     def is_mixture(self) -> bool:
         return bool(getattr(self.counts.text, "enable_moe_block", False))
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether no patch covers the model's classes: it is trained as it comes."""
+        return "unified" in self.counts.kind
+
     def loss(self, tokens: int) -> int:
         """Bytes of TRL's chunked head."""
         return loss_bytes(tokens, self.counts.text.hidden_size, self.counts.text.vocab_size)
@@ -416,7 +421,7 @@ def _choose(run: _Run, batch_size: int, length: int) -> _Choice:
     from gemma_accel.patches.checkpointing import LEAN, SLACK
 
     layers, tokens, loss = run.counts.layers, batch_size * length, run.loss(batch_size * length)
-    if run.vram_gib is None or run.is_mixture:
+    if run.vram_gib is None or run.is_mixture or run.is_stock:
         return _Choice([Mode.RECOMPUTE] * len(layers))
     available = int(run.vram_gib * GIB * (1 - SLACK) - _held(run, batch_size, length))
     if _captures():
@@ -497,6 +502,8 @@ def _reserved(run: _Run, resident: float, passing: float) -> float:
 
 
 def _train_peak(run: _Run, choice: _Choice, batch_size: int, length: int) -> float:
+    if run.is_stock:
+        return _stock_train_peak(run, batch_size, length)
     moment = _highest(run, choice, batch_size * length)
     passing = sum(moment) + _between_layers(run, choice, batch_size, length)
     return _reserved(run, _resident(run), passing)
@@ -587,15 +594,16 @@ def _components(run: _Run, choice: _Choice, batch_size: int, length: int) -> dic
     moment = _highest(run, choice, batch_size * length)
     between = _between_layers(run, choice, batch_size, length)
     resident, passing = _resident(run), sum(moment) + between
-    found: dict[str, float] = {
-        **_weights(run),
-        **_trained(run),
-        "kept activations": moment.kept,
-        "workspace": moment.workspace + between,
-        "loss": moment.loss,
-        "allocator slack": _reserved(run, resident, passing) - resident - passing,
-    }
-    if run.lora_rank:
+    found: dict[str, float] = {**_weights(run), **_trained(run), "kept activations": moment.kept}
+    if run.is_stock:
+        found["towers"] = run.towers
+        here = sum(found.values())
+        found["workspace"] = _stock_train_peak(run, batch_size, length) - here
+    else:
+        found["workspace"] = moment.workspace + between
+        found["loss"] = moment.loss
+        found["allocator slack"] = _reserved(run, resident, passing) - resident - passing
+    if run.lora_rank and not run.is_stock:
         found |= {"per-layer table" + _HOST: run.table, "towers" + _HOST: run.towers}
     input_bytes = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
     away = sum(mode in AWAY for mode in choice.modes)
@@ -626,7 +634,8 @@ def _alternatives(run: _Run, choice: _Choice, batch_size: int, length: int) -> d
     }
     if run.lora_rank:
         found |= {"per-layer table on the GPU": peak + run.table} if run.table else {}
-        found |= {"towers on the GPU": peak + run.towers} if run.towers else {}
+        parked = run.towers and not run.is_stock
+        found |= {"towers on the GPU": peak + run.towers} if parked else {}
         other = dataclasses.replace(run, quantization=None if run.quantization else "nf4")
         name = "bfloat16 weights, same layers" if run.quantization else "NF4 weights, same layers"
         found[name] = _train_peak(other, choice, batch_size, length)
@@ -636,8 +645,8 @@ def _alternatives(run: _Run, choice: _Choice, batch_size: int, length: int) -> d
 
 
 def _modes_of(run: _Run) -> Sequence[Mode]:
-    """Layers with a mixture of experts are left to stock's checkpointing."""
-    return (Mode.RECOMPUTE,) if run.is_mixture else tuple(Mode)
+    """Layers with a mixture of experts, or of a stock model, have stock's checkpointing."""
+    return (Mode.RECOMPUTE,) if run.is_mixture or run.is_stock else tuple(Mode)
 
 
 def _all(run: _Run, mode: Mode) -> _Choice:
@@ -710,7 +719,9 @@ def _remedies(run: _Run, made: Plan) -> list[str]:
 
 def _notes(run: _Run) -> list[str]:
     notes = [
-        "a text-only run with adamw_8bit; CUDA's own context, 0.3 to 0.5 GiB, comes on top",
+        "a text-only run with adamw_8bit",
+        "the limit is what PyTorch may allocate; CUDA's own context, 0.3 to 0.5 GiB, and a desktop "
+        "come on top: a card of 8 GB leaves about 7",
         "the evaluation is TRL's; plain Trainer's makes logits of the whole batch",
     ]
     if run.is_mixture:
@@ -718,10 +729,10 @@ def _notes(run: _Run) -> list[str]:
             "experts are not nn.Linear: bitsandbytes leaves them in bfloat16; layers with experts "
             "are checkpointed as stock does"
         )
-    if "unified" in run.counts.kind:
+    if run.is_stock:
         notes.append(
-            "no patch covers the unified model's classes yet: the figures are for its text stack "
-            "as the other models' is run"
+            "no patch covers the unified model's classes yet, and apply refuses it: the figures "
+            "are stock TRL's"
         )
     return notes
 
