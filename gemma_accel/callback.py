@@ -116,6 +116,7 @@ class GradientAccumulationCallback(TrainerCallback):
         _check_tables(trainer.model)
         self._correct(trainer, args)
         self._wrap(trainer, "training_step", partial(self._training_step, trainer.training_step))
+        self._wrap(trainer, "prediction_step", partial(self._explained, trainer.prediction_step))
         self._wrap(trainer, "log", partial(self._log, trainer.log))
         if self._report is not None:
             self._undos.extend(_spare_the_frozen_bottom(trainer.model, self._note))
@@ -184,8 +185,12 @@ class GradientAccumulationCallback(TrainerCallback):
             self._utilisation.add(inputs)
             if self._window is not None:
                 self._window.add(inputs, args[0] if args else kwargs.get("num_items_in_batch"))
+        return self._explained(original, model, inputs, *args, **kwargs)
+
+    def _explained(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``original`` does, a kernel's failure in it told in words that help."""
         try:
-            return original(model, inputs, *args, **kwargs)
+            return original(*args, **kwargs)
         except Exception as error:
             if (failure := _kernel_failure(error, self._report)) is not None:
                 raise KernelError(failure) from error
