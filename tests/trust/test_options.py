@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import itertools
 from types import SimpleNamespace
 
@@ -35,6 +36,15 @@ from tests.test_callback import Grab, TorchLogProb, collate, tokenizer
 from tests.tiny import LANGUAGE, tiny_model
 
 pytestmark = pytest.mark.usefixtures("references", "_trl_on_the_cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    """Trainer collects garbage when it begins, among millions of objects of imported modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
