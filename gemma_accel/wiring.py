@@ -1,9 +1,10 @@
 """What happens to an applied model when a Trainer is built around it.
 
-`apply` wraps `transformers.Trainer.__init__` and `Trainer.train` once for the process; the last
-`restore()` takes the wrappers off. For a model that is not applied both do nothing. `__init__` is
-the moment at which it is known what will be trained (TRL's PEFT wrapping happens just before it)
-and before the optimizer exists; `train` reaches a trainer that was built before `apply`.
+`apply` wraps three methods of `transformers.Trainer` once for the process; the last `restore()`
+takes the wrappers off. For a model that is not applied they do nothing. `__init__` is the moment at
+which it is known what will be trained (TRL's PEFT wrapping happens just before it) and before the
+optimizer exists; `train` reaches a trainer that was built before `apply`, and `call_model_init` the
+model that `train` has made anew where the trainer was given a `model_init`.
 """
 
 from __future__ import annotations
@@ -86,16 +87,14 @@ def apply_automatically() -> None:
 
 
 def hold_trainer_wrappers() -> Callable[[], None]:
-    """Wrap `Trainer.__init__` and `Trainer.train` if nobody has yet; the last holder to let go
-    unwraps them.
-    """
+    """Wrap the `Trainer`'s methods if nobody has yet; the last holder to let go unwraps them."""
     global _holders
     from transformers import Trainer
 
     if _holders == 0:
-        _originals.update(__init__=Trainer.__init__, train=Trainer.train)
-        Trainer.__init__ = _wrap_init(Trainer.__init__)  # type: ignore[method-assign]
-        Trainer.train = _wrap_train(Trainer.train)  # type: ignore[method-assign]
+        for name, wrap in _WRAPS.items():
+            _originals[name] = getattr(Trainer, name)
+            setattr(Trainer, name, wrap(_originals[name]))
     _holders += 1
     held = True
 
@@ -154,6 +153,24 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return train
+
+
+def _wrap_model_init(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call_model_init(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original(self, *args, **kwargs)
+        if hasattr(self, "callback_handler"):  # `train` has it made anew
+            report = _report_for(model)
+            if report is not None:
+                self.model = model
+                _prepare(self, model, self.args, self.train_dataset, report)
+                _attach(self, report)
+        return model
+
+    return call_model_init
+
+
+_WRAPS = {"__init__": _wrap_init, "train": _wrap_train, "call_model_init": _wrap_model_init}
 
 
 def _report_for(model: Any) -> Report | None:

@@ -273,3 +273,24 @@ class TestWrappers:
         written = sorted((tmp_path / "out").glob("checkpoint-*/gemma_accel_report.json"))
         assert written
         assert json.loads(written[0].read_text())["applied"]
+
+
+@pytest.mark.usefixtures("auto")
+def test_a_model_that_train_makes_anew_is_applied_too(tmp_path):
+    made = []
+
+    def model_init():
+        made.append(tiny_model("conditional", seed=0))
+        return made[-1]
+
+    trainer = Trainer(
+        model_init=model_init,
+        args=config(tmp_path, TrainingArguments, gradient_accumulation_steps=2, max_steps=1),
+        train_dataset=[{k: v[0] for k, v in batch((9,), seed=i).items()} for i in range(4)],
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is made[-1] is not first
+    reports = [patching.report_of(model) for model in (first, trainer.model)]
+    assert all(reports) and reports[0] is not reports[1]
+    assert reports[1].notes.keys() >= {"per-layer table", "towers", "gradient accumulation"}
