@@ -196,6 +196,22 @@ class TestTowers:
         tower(pixels, where)
         assert tower._gemma_accel_parked is None and "_apply" not in vars(tower)
 
+    def test_only_the_tower_that_has_media_stays(self, tmp_path):
+        model = tiny_model("conditional")
+        report = gemma_accel.apply(model)
+        data = Dataset.from_list([{"input_ids": [1, 2], "pixel_values": [0.0]}])
+        args = config(tmp_path, TrainingArguments)
+        model.model.requires_grad_(False)
+        model.model.language_model.norm.requires_grad_(True)
+        Trainer(model=model, args=args, train_dataset=data)
+        parked = {
+            name
+            for name, tower in model.model.named_children()
+            if getattr(tower, "_gemma_accel_parked", None) is not None
+        }
+        assert parked == {"audio_tower", "embed_audio"}
+        assert "vision_tower kept: the dataset has pixel_values" in report.notes["towers"]
+
     def test_trained_towers_stay(self, tmp_path, tokenizer):
         model = tiny_model("conditional")
         report = gemma_accel.apply(model)
