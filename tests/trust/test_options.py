@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import trl
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import pre_tokenizers
@@ -27,15 +26,14 @@ from transformers import (
     TrainingArguments,
 )
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
-from trl.kernels import chunked_logprob
 
 import gemma_accel
 from gemma_accel.memory import Mode
 from gemma_accel.models import base_model, text_model
-from tests.test_callback import Grab, TorchLogProb, collate, tokenizer
+from tests.test_callback import Grab, collate, tokenizer
 from tests.tiny import LANGUAGE, tiny_model
 
-pytestmark = pytest.mark.usefixtures("references", "_trl_on_the_cpu")
+pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,16 +43,6 @@ def _quick_collections():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-@pytest.fixture
-def _trl_on_the_cpu(monkeypatch, tmp_path):
-    """TRL 1.15 folds its LM head's tiles in Triton alone, where TRL 1.16 has torch for the CPU."""
-    monkeypatch.setenv("CI", "1")  # TRL sends nothing from there
-    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    monkeypatch.chdir(tmp_path)
-    if not hasattr(chunked_logprob, "_use_triton") and not torch.cuda.is_available():
-        monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", TorchLogProb)
 
 
 # ---- what is combined
@@ -71,7 +59,10 @@ ADAPTERS = {
 }
 WEIGHTS = {
     "nf4": BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     ),
     "8-bit": BitsAndBytesConfig(load_in_8bit=True),
     "bf16": torch.bfloat16,
@@ -160,8 +151,11 @@ def load(checkpoint, weights, dtype=None):
     if isinstance(kind, torch.dtype):
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=dtype or kind)
     else:
+        kind = copy.deepcopy(kind)
+        if kind.load_in_4bit and dtype is not None:
+            kind.bnb_4bit_compute_dtype = dtype
         model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint, dtype=dtype or torch.bfloat16, quantization_config=copy.deepcopy(kind)
+            checkpoint, dtype=dtype or torch.bfloat16, quantization_config=kind
         )
     return model.train()
 
@@ -342,6 +336,23 @@ def test_what_does_not_go_together_fails_in_stock(checkpoint, case):
     training = {"*": "Trainer padded", "SFT": "SFT padded"}.get(training, training)
     with pytest.raises((ValueError, AttributeError, CheckpointError), match=FAILS_IN_STOCK[case]):
         gradient(checkpoint, adapter, weights, training, applied=False)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="what depends on the input's dtype is not looked at for the report"
+)
+def test_four_bits_that_compute_in_another_dtype_are_reported(checkpoint):
+    """bitsandbytes computes in float32 unless told: a bfloat16 model's projections are then left to
+    it, correct and slow.
+    """
+    kind = BitsAndBytesConfig(load_in_4bit=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, quantization_config=kind
+    )
+    model = adapt(model.train(), "lora")
+    report = gemma_accel.apply(model)
+    build("Trainer padded", model)
+    assert any("compute_dtype" in record.reason for record in report.skipped)
 
 
 # ---- other options, a few steps each

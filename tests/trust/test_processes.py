@@ -24,6 +24,7 @@ import gemma_accel
 from gemma_accel import guards
 from gemma_accel.guards import UnsupportedTrainingError, why_not_train
 from gemma_accel.models import text_model
+from tests.test_callback import collate
 from tests.tiny import LANGUAGE, batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("references")
@@ -377,7 +378,7 @@ class Rows(torch.utils.data.Dataset):
         return 4
 
     def __getitem__(self, index):
-        return {name: tensor[0] for name, tensor in batch((11,), seed=index).items()}
+        return {name: row[0] for name, row in batch((5 + 2 * index,), seed=index).items()}
 
 
 # ---- torch.compile
@@ -461,10 +462,31 @@ class TestCompile:
                 model=model,
                 args=arguments(tmp_path, torch_compile=compiled, **options),
                 train_dataset=Rows(),
+                data_collator=collate,
             )
             trainer.train()
             ends.append({n: p for n, p in model.named_parameters() if p.requires_grad})
         assert error(ends[1], ends[0]) < 1e-5
+
+    def test_a_model_that_was_compiled_before_its_trainer(self, tmp_path):
+        """Accumulating over rows of several lengths."""
+        ends = []
+        for compiled in (False, True):
+            model = adapted("conditional")
+            gemma_accel.apply(model)
+            trainer = Trainer(
+                model=torch.compile(model, backend="eager") if compiled else model,
+                args=arguments(
+                    tmp_path,
+                    per_device_train_batch_size=1,
+                    gradient_accumulation_steps=2,
+                    remove_unused_columns=False,  # it would read a compiled model's signature
+                ),
+                train_dataset=Rows(),
+            )
+            trainer.train()
+            ends.append({n: p for n, p in model.named_parameters() if p.requires_grad})
+        assert error(ends[1], ends[0]) < 1e-6
 
     def test_a_copy_calls_itself_and_restore_takes_it_off(self):
         model = tiny_model("causal")
