@@ -42,8 +42,9 @@ def interpreting() -> bool:
 def use_kernel(x: Tensor) -> bool:
     """Whether an op on ``x`` takes its Triton kernel: on CUDA always, on the CPU when interpreting.
 
-    Every other device, and fake or meta tensors, take the PyTorch reference.
+    Every other device, fake or meta tensors, and tensors without columns take the PyTorch
+    reference: there is no tile for a width of zero.
     """
-    if isinstance(x, torch._subclasses.FakeTensor):
+    if isinstance(x, torch._subclasses.FakeTensor) or not (x.dim() and x.shape[-1]):
         return False
     return x.is_cuda or (x.device.type == "cpu" and interpreting())

@@ -747,7 +747,7 @@ def _check(
                 f"attention: {name} must be {q.dtype} on {q.device} like q, "
                 f"got {x.dtype} on {x.device}. Cast it first."
             )
-    if heads % k.shape[1]:
+    if not k.shape[1] or heads % k.shape[1]:
         raise ValueError(
             f"attention: q's heads must be a multiple of k's, got {heads} and {k.shape[1]}. "
             "Pass k and v with the heads the model projects."

@@ -533,11 +533,21 @@ def _check(
             f"chunked_attention: q, k and v must have one shape [B, T, N, D], got {tuple(q.shape)},"
             f" {tuple(k.shape)} and {tuple(v.shape)}. View the projections' outputs by head."
         )
+    if not relative.numel():
+        raise ValueError(
+            "chunked_attention: there must be heads and distances, got relative of shape "
+            f"{tuple(relative.shape)}. Pass a key for each distance."
+        )
     if relative.shape[1:] != q.shape[2:] or q_scale.shape != q.shape[3:]:
         raise ValueError(
             f"chunked_attention: relative must have shape [P, N, D] = (P, {q.shape[2]}, "
             f"{q.shape[3]}) and q_scale [D], got {tuple(relative.shape)} and "
             f"{tuple(q_scale.shape)}. View the position projection's output by head."
+        )
+    if not q_scale.is_contiguous():
+        raise ValueError(
+            f"chunked_attention: q_scale must be contiguous, got a stride of {q_scale.stride(0)}. "
+            "Call .contiguous() on it once."
         )
     expected = (q.shape[0], 1, chunks.count(q.shape[1]), chunks.size, chunks.context)
     if mask is not None and tuple(mask.shape) != expected:

@@ -398,6 +398,16 @@ def light_conv(
             f"light_conv: x must have shape [B, T, 2D] and conv [D, 1, K], got {tuple(x.shape)} "
             f"and {tuple(conv.shape)}. Pass the first product's output and the filter by channel."
         )
+    if not conv.is_floating_point() or conv.device != x.device:
+        raise ValueError(
+            f"light_conv: conv must be of a floating-point dtype and on {x.device}, got "
+            f"{conv.dtype} on {conv.device}. Pass the convolution's own weight."
+        )
+    if not conv.numel():
+        raise ValueError(
+            f"light_conv: there must be channels and taps, got conv of {tuple(conv.shape)}. "
+            "Pass the convolution's own weight."
+        )
     check_weight("light_conv", weight, x[..., : conv.shape[0]])
     ranges = (before, middle, after)
     if use_kernel(x):

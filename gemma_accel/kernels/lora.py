@@ -462,16 +462,7 @@ def project(x: Tensor, *projections: Projection) -> tuple[Tensor, ...]:
     Source:
         Written from the formula: LoRA, arXiv:2106.09685; on NF4, arXiv:2305.14314.
     """
-    for i, p in enumerate(projections):
-        if (p.lora_a is None) is not (p.lora_b is None):
-            raise ValueError(
-                f"project: projection {i} has one of lora_a and lora_b. Pass both, or neither."
-            )
-        if p.rows is not None and not 0 <= p.rows[0] < p.rows[1] <= p.weight.shape[0]:
-            raise ValueError(
-                f"project: rows of projection {i} must be (start, stop) with 0 <= start < stop <= "
-                f"{p.weight.shape[0]}, got {p.rows}. Pass the range of output rows that is wanted."
-            )
+    check_projections(projections)
     dtype = autocast_dtype(x)
     try:
         if torch.is_grad_enabled():
@@ -492,10 +483,38 @@ def project(x: Tensor, *projections: Projection) -> tuple[Tensor, ...]:
         raise complaint from error
 
 
+def check_projections(projections: Sequence[Projection]) -> None:
+    """What PyTorch would accept, or refuse in backward only."""
+    for i, p in enumerate(projections):
+        if len(p.weight.shape) != 2:
+            raise ValueError(
+                f"project: the weight of projection {i} must be a matrix, got shape "
+                f"{tuple(p.weight.shape)}. Pass the weight of a linear layer."
+            )
+        if (p.lora_a is None) is not (p.lora_b is None):
+            raise ValueError(
+                f"project: projection {i} has one of lora_a and lora_b. Pass both, or neither."
+            )
+        if p.bias is not None and p.bias.dim() != 1:
+            raise ValueError(
+                f"project: the bias of projection {i} must have shape (N,), got "
+                f"{tuple(p.bias.shape)}. Pass this layer's own bias."
+            )
+        if p.rows is not None and not 0 <= p.rows[0] < p.rows[1] <= p.weight.shape[0]:
+            raise ValueError(
+                f"project: rows of projection {i} must be (start, stop) with 0 <= start < stop <= "
+                f"{p.weight.shape[0]}, got {p.rows}. Pass the range of output rows that is wanted."
+            )
+
+
 def _complaint(
     x: Tensor, projections: Sequence[Projection], dtype: torch.dtype | None
 ) -> Exception | None:
     """What does not fit together, looked for only once torch has refused it."""
+    if not x.shape[-1]:
+        return ValueError(
+            f"project: x must have columns, got shape {tuple(x.shape)}. Pass the layer's input."
+        )
     for i, p in enumerate(projections):
         n, k = p.weight.shape
         if k != x.shape[-1]:

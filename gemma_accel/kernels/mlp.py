@@ -25,7 +25,9 @@ from gemma_accel.kernels.lora import (
     Gradients,
     Needs,
     Projection,
+    _complaint,
     autocast_dtype,
+    check_projections,
     outside_autocast,
     project,
     project_backward,
@@ -196,7 +198,16 @@ def gated_mlp(
     if not use_kernel(x):
         return gated_mlp_ref(x, gate, up, down)
     projections = (gate, up, down)
+    check_projections(projections)
     parameters = [
         t for p in projections for t in (None if type(p.weight) is NF4Weight else p.weight, *p[1:4])
     ]
-    return GatedMlpFunction.apply(x, projections, autocast_dtype(x), keep, tile, *parameters)
+    dtype = autocast_dtype(x)
+    try:
+        return GatedMlpFunction.apply(x, projections, dtype, keep, tile, *parameters)
+    except RuntimeError as error:
+        between = torch.empty(1, gate.weight.shape[0], dtype=x.dtype, device="meta")
+        complaint = _complaint(x, (gate, up), dtype) or _complaint(between, (down,), dtype)
+        if complaint is None:
+            raise
+        raise complaint from error

@@ -91,6 +91,15 @@ def check_weight(op: str, weight: Tensor, x: Tensor, name: str = "weight") -> No
             f"{op}: {name} must be on {x.device} like the input, got {weight.device}. "
             "Move the module there."
         )
+    if not weight.is_floating_point():
+        raise TypeError(
+            f"{op}: {name} must be of a floating-point dtype, got {weight.dtype}. Cast it."
+        )
+    if not weight.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous, got a stride of {weight.stride(0)}. "
+            "Call .contiguous() on it once."
+        )
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:

@@ -330,12 +330,13 @@ def vision_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
             f"vision_attention: seen must be bool of shape [B, T] = {tuple(q.shape[:2])}, got "
             f"{seen.dtype} of {tuple(seen.shape)}. Pass one row of the attention mask."
         )
-    if use_kernel(q):
-        if q.dtype not in FLOATS or not q.dtype == k.dtype == v.dtype:
-            raise TypeError(
-                "vision_attention: q, k and v must be float32, bfloat16 or float16, all the same, "
-                f"got {q.dtype}, {k.dtype} and {v.dtype}. Cast them."
-            )
+    kernel = use_kernel(q)
+    if not q.dtype == k.dtype == v.dtype or (kernel and q.dtype not in FLOATS):
+        raise TypeError(
+            "vision_attention: q, k and v must be float32, bfloat16 or float16, all the same, "
+            f"got {q.dtype}, {k.dtype} and {v.dtype}. Cast them."
+        )
+    if kernel:
         if q.shape[-1] not in (16, 32, 64, 128):
             raise ValueError(f"vision_attention: {supported(q, k)}. Call SDPA instead.")
         return VisionAttentionFunction.apply(q, k, v, seen)
