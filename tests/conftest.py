@@ -47,6 +47,17 @@ def references(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
 
 
+@pytest.fixture
+def trl_on_the_cpu(monkeypatch, tmp_path):
+    """TRL's trainers without a card, in a directory of their own; nothing is sent anywhere."""
+    from tests import trl_on_cpu
+
+    monkeypatch.setenv("CI", "1")  # TRL's telemetry stays off there
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.chdir(tmp_path)
+    trl_on_cpu.install(monkeypatch.setattr)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

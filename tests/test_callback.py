@@ -13,19 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import trl
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
-from trl.kernels import chunked_logprob
 
 import gemma_accel.callback as callback_module
 from gemma_accel.callback import GradientAccumulationCallback, accept_loss_kwargs
 from gemma_accel.report import Report
 from tests.tiny import VOCAB, tiny_model
 
-pytestmark = pytest.mark.usefixtures("references", "_quiet", "_trl_on_the_cpu")
+pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
 
 LABELLED = (3, 60, 8, 40)
 """Tokens that each of the four rows contributes to the loss."""
@@ -39,32 +37,6 @@ SMALL = dict(
     num_kv_shared_layers=1,
     layer_types=["sliding_attention", "full_attention", "full_attention"],
 )
-
-
-@pytest.fixture
-def _quiet(monkeypatch, tmp_path):
-    monkeypatch.setenv("CI", "1")  # TRL sends nothing from there
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def _trl_on_the_cpu(monkeypatch):
-    """TRL 1.15 folds its LM head's tiles in Triton alone, where TRL 1.16 has torch for the CPU."""
-    if not hasattr(chunked_logprob, "_use_triton") and not torch.cuda.is_available():
-        monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", TorchLogProb)
-
-
-class TorchLogProb:
-    @staticmethod
-    def apply(hidden, weight, bias, labels, temperature, chunk, softcap, scale, outputs):
-        logits = hidden @ weight.t() if bias is None else hidden @ weight.t() + bias
-        logits = logits * (1.0 if scale is None else scale)
-        if softcap is not None:
-            logits = softcap * (logits / softcap).tanh()
-        log_probs = (logits / temperature).log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        chosen = log_probs.gather(-1, labels[:, None])[:, 0]
-        return chosen, entropy, None, logits.detach().mean(-1), log_probs.argmax(-1) == labels
 
 
 # ---- what is trained on, and the truth
@@ -466,7 +438,9 @@ def test_an_override_that_asks_the_model_and_one_that_asks_super():
 
 
 TWO_PROCESSES = """
+from tests import trl_on_cpu
 from tests.test_callback import *
+trl_on_cpu.install()
 for cls, function in (
     (Trainer, None), (SFTTrainer, None), (Trainer, token_mean_loss), (Trainer, honest_loss),
     (Trainer, by_value_loss), (overriding(token_mean_loss), None), (overriding(honest_loss), None),
@@ -481,8 +455,6 @@ for cls, function in (
 
 @pytest.mark.slow
 def test_two_processes_weigh_all_their_tokens_the_same(tmp_path):
-    if not hasattr(chunked_logprob, "_use_triton"):
-        pytest.skip("TRL 1.15's SFTTrainer needs a card")
     script = tmp_path / "train.py"
     script.write_text(TWO_PROCESSES)
     root = str(Path(__file__).parents[1])

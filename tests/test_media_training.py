@@ -22,9 +22,8 @@ from gemma_accel.collators import DataCollatorForMultimodalLanguageModeling
 from gemma_accel.patches.clipped import prepare_for_peft
 from tests import media, tiny
 from tests.media import chat, picture, sound
-from tests.test_callback import _quiet, _trl_on_the_cpu  # noqa: F401  fixtures
 
-pytestmark = pytest.mark.usefixtures("references", "_quiet", "_trl_on_the_cpu")
+pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
 
 IMAGES = [
     {"messages": chat("What is it?", "A disc.", images=1), "images": [picture()]},
@@ -170,16 +169,13 @@ def test_a_text_only_run_leaves_the_towers_alone(tmp_path):
 DRIVER = """
 import runpy, sys
 from transformers import AutoProcessor
-from trl.kernels import chunked_logprob
 from gemma_accel.patches.clipped import prepare_for_peft
 from tests import media, tiny
-from tests.test_callback import TorchLogProb
+from tests import trl_on_cpu
 
 # AutoProcessor wants torchvision; and TRL 1.15 wants a card for its LM head
 AutoProcessor.from_pretrained = lambda *args, **kwargs: media.processor()
-if not hasattr(chunked_logprob, "_use_triton"):
-    import trl.trainer.utils
-    trl.trainer.utils._ChunkedLogProbFunction = TorchLogProb
+trl_on_cpu.install()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -18,17 +18,10 @@ from transformers import Gemma4Config, Gemma4ForCausalLM, Trainer
 from gemma_accel import apply, telemetry
 from gemma_accel.models import base_model, text_model
 from gemma_accel.telemetry import Utilisation, arithmetic, lora_weights, peak_tflops, trained
-from tests.test_callback import (  # noqa: F401 - two are fixtures
-    Reporter,
-    _quiet,
-    _trl_on_the_cpu,
-    arguments,
-    build,
-    model_of,
-)
+from tests.test_callback import Reporter, arguments, build, model_of
 from tests.tiny import LANGUAGE, batch, text_config, tiny_model
 
-pytestmark = pytest.mark.usefixtures("references", "_quiet", "_trl_on_the_cpu")
+pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
 
 CONFIGS = Path(__file__).parent.parent / "benchmarks/configs"
 SOME_CARD = 1e-6  # TFLOP/s: what makes the tiny models' utilisation a number of some digits

@@ -28,7 +28,7 @@ from gemma_accel.loading import install_load_path
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 from tests.tiny import LANGUAGE, VOCAB, batch, tiny_model
 
-pytestmark = pytest.mark.usefixtures("references")
+pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True

@@ -23,7 +23,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -40,16 +39,12 @@ from gemma_accel.kernels._triton import tl, triton
 from gemma_accel.loading import find_tensor, install_load_path
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding, settle_table
 from gemma_accel.report import Report
-from tests.test_callback import (  # noqa: F401 - fixtures
-    SMALL,
-    TorchLogProb,
-    _quiet,
-    _trl_on_the_cpu,
-)
+from tests import trl_on_cpu
+from tests.test_callback import SMALL
 from tests.test_wiring import auto, tokenizer  # noqa: F401 - fixtures
 from tests.tiny import LANGUAGE, batch, tiny_model
 
-pytestmark = pytest.mark.usefixtures("references", "_quiet", "_trl_on_the_cpu")
+pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 6
@@ -764,8 +759,7 @@ def child(directory):
     directory = Path(directory)
     words = fixture.__wrapped__() if hasattr(fixture, "__wrapped__") else None
     words = words or fixture._get_wrapped_function()()
-    if not hasattr(trl.kernels.chunked_logprob, "_use_triton"):
-        trl.trainer.utils._ChunkedLogProbFunction = TorchLogProb
+    trl_on_cpu.install()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails instead
     install_load_path()
     wiring.apply_automatically()

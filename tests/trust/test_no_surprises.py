@@ -74,18 +74,16 @@ def resident():
 
 def child(directory, audit):
     """`import gemma_accel.auto` and a stock script of `STEPS` steps; what was seen as JSON."""
-    import trl
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     import gemma_accel.auto  # noqa: F401
     from gemma_accel.patching import report_of
-    from tests.test_callback import TorchLogProb
+    from tests import trl_on_cpu
     from tests.test_wiring import tokenizer as fixture
 
-    if not hasattr(trl.kernels.chunked_logprob, "_use_triton"):
-        trl.trainer.utils._ChunkedLogProbFunction = TorchLogProb
+    trl_on_cpu.install()
 
     measured = {}
 

@@ -27,11 +27,11 @@ from gemma_accel import patching
 from gemma_accel.hostmemory import FileSlice
 from gemma_accel.loading import find_tensor
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
-from tests.test_callback import SMALL, _quiet, _trl_on_the_cpu  # noqa: F401 - fixtures
+from tests.test_callback import SMALL
 from tests.test_wiring import auto, tokenizer  # noqa: F401 - fixtures
 from tests.tiny import LANGUAGE, batch, tiny_model
 
-pytestmark = pytest.mark.usefixtures("references", "_quiet", "_trl_on_the_cpu")
+pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
 
 STEPS = 5
 
