@@ -105,10 +105,18 @@ class GradientAccumulationCallback(TrainerCallback):
         self._report = report or self._report
         _count_tokens(trainer)
 
+    def detach(self) -> None:
+        """Give the Trainer its own methods back; `on_train_end` does it too."""
+        self._window = None
+        while self._undos:
+            undo = self._undos.pop()
+            if undo.obstacle() is None:  # else somebody wrapped it since, ours inside: it stays
+                undo()
+
     # ---- the Trainer's events
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._unwrap()
+        self.detach()
         trainer = self._trainer(state)
         if trainer is None:
             _warn_without_trainer(args, kwargs.get("model"))
@@ -151,7 +159,7 @@ class GradientAccumulationCallback(TrainerCallback):
             state.log_history[-1].update(peak)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._unwrap()
+        self.detach()
 
     # ---- what it does to the trainer
 
@@ -216,15 +224,6 @@ class GradientAccumulationCallback(TrainerCallback):
 
     def _wrap(self, trainer: Any, name: str, wrapper: Callable[..., Any]) -> None:
         self._undos.append(set_attribute(trainer, name, wrapper))
-
-    def _unwrap(self) -> None:
-        self._window = None
-        while self._undos:
-            undo = self._undos.pop()
-            if (
-                undo.obstacle() is None
-            ):  # else somebody wrapped it since, with ours inside: it stays
-                undo()
 
     def _note(self, topic: str, text: str) -> None:
         if self._report is not None:

@@ -28,7 +28,7 @@ def remembered(model: nn.Module) -> Iterator[None]:
     owners: list[tuple[Any, str]] = []
     for owner, name, replacement in (
         (base, "num_parameters", functools.cache(base.num_parameters)),
-        (model, "train", _train_once(model)),
+        (model, "train", _train_once(model, base)),
     ):
         if replacement is not None and name not in vars(owner):
             setattr(owner, name, replacement)
@@ -40,12 +40,13 @@ def remembered(model: nn.Module) -> Iterator[None]:
             vars(owner).pop(name, None)
 
 
-def _train_once(model: nn.Module) -> Any:
+def _train_once(model: nn.Module, base: nn.Module) -> Any:
     """`train` that walks the modules only when the mode changes; None where a module's own mode
     makes a difference.
 
     Somebody may set single modules to another mode between two steps, which stock's walk would
-    undo. That is only seen where a module computes something else in train mode.
+    undo. That is only seen where a module computes something else in train mode, and where the
+    whole model inside PEFT's was set: its layers are not checkpointed then.
     """
     if any(_differs_in_training(module) for module in model.modules()):
         return None
@@ -53,7 +54,7 @@ def _train_once(model: nn.Module) -> Any:
 
     def train(mode: bool = True) -> nn.Module:
         nonlocal last
-        if mode is not last:
+        if mode is not last or base.training is not mode:
             stock(mode)
             last = mode
         return model

@@ -9,6 +9,7 @@ model that `train` has made anew where the trainer was given a `model_init`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
@@ -148,11 +149,24 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
                 from gemma_accel.verification import verify_before_training
 
                 verify_before_training(self)
-            with remembered(self.model):
+            with remembered(self.model), _let_go_at_the_end(self):
                 return original(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
     return train
+
+
+@contextlib.contextmanager
+def _let_go_at_the_end(trainer: Any) -> Iterator[None]:
+    """A training that an error ends leaves the trainer's methods as they were, too."""
+    from gemma_accel.callback import GradientAccumulationCallback
+
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, GradientAccumulationCallback):
+                callback.detach()
 
 
 def _wrap_model_init(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,7 +213,9 @@ def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Rep
     if isinstance(text, FusedGemma4TextModel):
         report.note("per-layer table", settle_table(text, device))
     report.note("towers", settle_towers(base, trainer, dataset))
-    for path, reason in stepped_aside(base):
+    autocast = arguments is not None and (arguments.bf16 or arguments.fp16)
+    flow = None if autocast else text.embed_tokens.weight.new_empty(0, device="cpu")
+    for path, reason in stepped_aside(base, flow):
         report.skip("lora", "text", path, reason)
     if type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl"):
         setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits

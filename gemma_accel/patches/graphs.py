@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gemma_accel.kernels.nf4 import NF4Weight
-from gemma_accel.patches.per_layer import LayerInput, PerLayerInputs
+from gemma_accel.patches.per_layer import HostPerLayerEmbedding, LayerInput, PerLayerInputs
 from gemma_accel.patches.projections import as_projection
 
 __all__ = ["StackGraphs"]
@@ -259,6 +259,7 @@ class StackGraphs:
             for name in names
         ]
         checkpointing = tuple(layer.gradient_checkpointing for layer in text.layers)
+        table = getattr(text, "embed_tokens_per_layer", None)
         return (
             hidden.shape,
             hidden.dtype,
@@ -267,6 +268,7 @@ class StackGraphs:
             autocast,
             tuple(linears),
             checkpointing,
+            _identity_of_table(table),
         )
 
     def _capture(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> bool:
@@ -349,6 +351,15 @@ def _identity(linear: nn.Module) -> Any:
         return packed.data_ptr()
     trained = lora_a.requires_grad, lora_b.requires_grad
     return packed.data_ptr(), lora_a.data_ptr(), lora_b.data_ptr(), scaling, trained
+
+
+def _identity_of_table(table: Any) -> Any:
+    """Where the per-layer embedding table lies: the captured gather reads that very memory."""
+    if table is None:
+        return None
+    if isinstance(table, HostPerLayerEmbedding) and table.host is not None:
+        return weakref.ref(table.host)
+    return table.weight.data_ptr()
 
 
 def _has_hooks(layer: nn.Module) -> bool:

@@ -73,9 +73,9 @@ _projector = FusedProjector()
 lora_patch = LoraPatch()
 
 
-def stepped_aside(base: nn.Module) -> Iterator[tuple[str, str]]:
+def stepped_aside(base: nn.Module, x: Tensor | None = None) -> Iterator[tuple[str, str]]:
     """Paths of linear layers that the fused step would call as they are now, each with the
-    reason.
+    reason; for inputs of ``x``'s dtype where it is given.
     """
     for path, module in base.named_modules():
         if isinstance(vars(module).get("project"), FusedProjector):
@@ -87,5 +87,5 @@ def stepped_aside(base: nn.Module) -> Iterator[tuple[str, str]]:
             continue
         for name in names:
             linear = getattr(module, name, None)
-            if linear is not None and isinstance(reason := as_projection(linear), str):
+            if linear is not None and isinstance(reason := as_projection(linear, x), str):
                 yield f"{path}.{name}", reason

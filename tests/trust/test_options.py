@@ -338,14 +338,11 @@ def test_what_does_not_go_together_fails_in_stock(checkpoint, case):
         gradient(checkpoint, adapter, weights, training, applied=False)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="what depends on the input's dtype is not looked at for the report"
-)
 def test_four_bits_that_compute_in_another_dtype_are_reported(checkpoint):
     """bitsandbytes computes in float32 unless told: a bfloat16 model's projections are then left to
     it, correct and slow.
     """
-    kind = BitsAndBytesConfig(load_in_4bit=True)
+    kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForImageTextToText.from_pretrained(
         checkpoint, dtype=torch.bfloat16, quantization_config=kind
     )

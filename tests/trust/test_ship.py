@@ -283,14 +283,7 @@ class LeavesItInEval(TrainerCallback):
     "inner",
     [
         False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="hotpath remembers the mode of PEFT's wrapper and does not see the model "
-                "inside it being set to another",
-            ),
-        ),
+        True,
     ],
 )
 def test_a_model_left_in_eval_mode_trains_on_in_train_mode(inner, tmp_path, tokenizer):  # noqa: F811
