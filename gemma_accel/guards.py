@@ -49,13 +49,13 @@ def guard_model(base: nn.Module, report: Report) -> Undo:
     if is_deepspeed_zero3_enabled():
         raise UnsupportedTrainingError(_sentence(_DEEPSPEED))
     inner: Any = base.model
-    parts = (getattr(inner, f"{name}_tower", None) for name in ("vision", "audio"))
-    modules: list[Any] = [inner, text_model(base), *filter(None, parts)]
+    towers = (getattr(inner, f"{name}_tower", None) for name in ("vision", "audio"))
+    modules: list[Any] = [inner, text_model(base), *(t for t in towers if t is not None)]
     for module in modules:
         # the seam of `nn.Module.compile`: `__call__` goes there first. Bound as a method, so that a
         # deep copy's is its own; it is not pickled.
         module._compiled_call_impl = types.MethodType(_call, module)
-    report.note("torch.compile", "steps around all but the head, whose kernels are fused by hand")
+    report.note("torch.compile", "steps around what is below the head: kernels fused by hand")
 
     def undo() -> None:
         for module in modules:
@@ -73,8 +73,6 @@ _DDP = (
     "DeepSpeed, no parallelism_config), or torchrun; what needed splitting fits one GPU here. "
     "Or train the stock model: report.restore(), or GEMMA_ACCEL_DISABLE=1."
 )
-
-
 _DEEPSPEED = (
     "DeepSpeed: ZeRO splits parameters or broadcasts all of them, also the table that stays in "
     "host memory."
