@@ -299,7 +299,7 @@ def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
             raise ValueError(f"{file}: not a safetensors file (header of {length} bytes in {size})")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: nested a thousand deep
             raise ValueError(
                 f"{file}: not a safetensors file (its header is not JSON: {error})"
             ) from error
@@ -312,11 +312,12 @@ def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [*shape, begin, end]
             sound = len(shape) == 2 and all(type(n) is int and n >= 0 for n in numbers)
+            known = dtype in _DTYPES
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{file}: the header's entry for {name!r} is malformed: {entry!r}"
             ) from error
-        if dtype not in _DTYPES or len(shape) != 2:
+        if not known or len(shape) != 2:
             return None
         nbytes = math.prod(shape) * _DTYPES[dtype].itemsize if sound else -1
         if not sound or end - begin != nbytes or 8 + length + end > size:

@@ -143,7 +143,7 @@ def _candidates(
             if not registry().selects(patch, path, module):
                 report.skip(patch.name, patch.modality, path, "a plugin deselected it")
                 continue
-            if reason := changed or patch.why_not(module):
+            if reason := changed or _refusal(patch, path, module):
                 report.skip(patch.name, patch.modality, path, reason)
                 continue
             if (needed := patch.needs(module)) and (path, needed) not in placed:
@@ -163,6 +163,17 @@ def _candidates(
         if not matched:
             report.skip(patch.name, patch.modality, "", "nothing in this model matches it")
     return found
+
+
+def _refusal(patch: Patch, path: str, module: nn.Module) -> str | None:
+    try:
+        return patch.why_not(module)
+    except Exception as error:
+        raise PatchError(
+            f"patch {patch.name!r} could not tell whether it fits {path or 'the model'!r}: "
+            f"{type(error).__name__}: {error}. The model is as it was. Is its config whole? If so, "
+            "leave the patch out with apply(patches=[...]) and report this."
+        ) from error
 
 
 def _install(candidates: list[tuple[Patch, str, nn.Module]], report: Report) -> None:

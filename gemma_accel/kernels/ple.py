@@ -59,7 +59,15 @@ def _host_view(table: HostRows) -> Tensor:
 
 def gather_rows_ref(table: Tensor | HostRows, ids: Tensor, start: int, width: int) -> Tensor:
     table = _host_view(table) if isinstance(table, HostRows) else table
-    rows = table[:, start : start + width].index_select(0, ids.reshape(-1))
+    try:
+        rows = table[:, start : start + width].index_select(0, ids.reshape(-1))
+    except IndexError as error:
+        outside = ids[(ids < 0) | (ids >= table.shape[0])]
+        raise IndexError(
+            f"gather_rows: token id {outside[0].item()} is not in a table of {table.shape[0]} rows "
+            f"({outside.numel()} of {ids.numel()} ids are not). Are tokenizer and model a pair? "
+            "Where tokens were added: model.resize_token_embeddings(len(tokenizer))."
+        ) from error
     return rows.view(*ids.shape, width)
 
 

@@ -61,10 +61,12 @@ def mask(
     The shape lets Transformers 5.23 drop query positions (`mask[:, :, slice, :]`) as it does with a
     dense mask.
     """
-    padding = None if attention_mask is None else _padding(attention_mask)
+    fits = attention_mask is None or attention_mask.shape[1] == kv_length
+    padding = _padding(attention_mask) if attention_mask is not None and fits else None
     stock = (
         use_vmap  # a mask function of somebody's own
         or q_length != kv_length  # a cache is being read
+        or not fits  # stock cuts such a mask off, or fills it up
         or (
             config is not None
             and _config_refused(config, torch.device(device), kwargs.get("dtype"))
