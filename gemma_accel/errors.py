@@ -14,6 +14,7 @@ __all__ = [
     "RestoreError",
     "SkippedPatchError",
     "UnsupportedModelError",
+    "UnsupportedTrainingError",
 ]
 
 
@@ -23,6 +24,10 @@ class GemmaAccelError(Exception):
 
 class UnsupportedModelError(GemmaAccelError, TypeError):
     """`apply` was given something that is not a Gemma 4 model it knows."""
+
+
+class UnsupportedTrainingError(GemmaAccelError):
+    """A Trainer would run an applied model in a way that is not known to compute the same."""
 
 
 class ForeignPatchError(GemmaAccelError):

@@ -17,16 +17,12 @@ import torch
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from gemma_accel.errors import GemmaAccelError
+from gemma_accel.errors import UnsupportedTrainingError
 from gemma_accel.hookspecs import Undo
 from gemma_accel.models import text_model
 from gemma_accel.report import Report
 
-__all__ = ["UnsupportedTrainingError", "check_trainer", "guard_model", "why_not_train"]
-
-
-class UnsupportedTrainingError(GemmaAccelError):
-    """A Trainer would run an applied model in a way that is not known to compute the same."""
+__all__ = ["check_trainer", "guard_model", "why_not_train"]
 
 
 # ---- torch.compile

@@ -20,7 +20,8 @@ SUPPORTED = (Gemma4ForConditionalGeneration, Gemma4ForCausalLM)
 
 
 def _unwrapped(model: Any) -> Any:
-    """The model inside PEFT's wrapper, if it is in one."""
+    """The model inside `torch.compile`'s and PEFT's wrappers, if it is in them."""
+    model = getattr(model, "_orig_mod", model)
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) and hasattr(model, "peft_config") else model
 
@@ -41,7 +42,6 @@ def base_model(model: Any) -> nn.Module:
     got = type(base).__name__
     hint = ""
     if got in (
-        "OptimizedModule",
         "DistributedDataParallel",
         "FullyShardedDataParallel",
         "DataParallel",

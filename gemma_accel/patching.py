@@ -22,6 +22,7 @@ from gemma_accel.errors import (
     PatchConflictError,
     PatchError,
     SkippedPatchError,
+    UnsupportedModelError,
 )
 from gemma_accel.hookspecs import Patch, Undo
 from gemma_accel.models import base_model, model_device
@@ -91,6 +92,11 @@ def apply(
         if vram_gib is not None:
             wiring.live_in(base, report, memory_budget(base, vram_gib), capped=True)
         return report
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError(
+            "gemma_accel.apply got a model that torch.compile has wrapped. Apply it to the model "
+            "before, or let the trainer compile it: TrainingArguments(torch_compile=True)."
+        )
     _refuse_foreign(base)
     budget = memory_budget(base, vram_gib)
     chosen = _choose(registry().patches(), patches)

@@ -4,6 +4,7 @@ Triton's interpreter.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import pkgutil
@@ -56,6 +57,15 @@ def trl_on_the_cpu(monkeypatch, tmp_path):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     monkeypatch.chdir(tmp_path)
     trl_on_cpu.install(monkeypatch.setattr)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    """Trainer collects garbage when it begins, among millions of objects of imported modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -138,8 +138,10 @@ def arguments(cls=TrainingArguments, size=1, steps=4, **changes):
 
 def tokenizer():
     words = {f"w{i}": i for i in range(VOCAB - 10)} | {"<unk>": VOCAB - 10}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        tokenizer_object=core,
         unk_token="<unk>",
         pad_token="w0",
         eos_token="w1",

@@ -177,8 +177,10 @@ class TestRefusals:
         assert isinstance(caught.value, TypeError)
 
     def test_compiled(self, model):
-        with pytest.raises(errors.UnsupportedModelError, match="before OptimizedModule wraps it"):
+        with pytest.raises(errors.UnsupportedModelError, match="Apply it to the model before"):
             gemma_accel.apply(torch.compile(model, backend="eager"))
+        report = gemma_accel.apply(model)
+        assert gemma_accel.apply(torch.compile(model, backend="eager")) is report
 
     def test_offloaded_by_accelerate(self, model):
         from accelerate.hooks import AlignDevicesHook, add_hook_to_module

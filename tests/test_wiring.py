@@ -310,3 +310,14 @@ def test_a_model_that_train_makes_anew_is_applied_too(tmp_path):
     reports = [patching.report_of(model) for model in (first, trainer.model)]
     assert all(reports) and reports[0] is not reports[1]
     assert reports[1].notes.keys() >= {"per-layer table", "towers", "gradient accumulation"}
+
+
+def test_a_compiled_model_has_its_trainer_seen_to(tmp_path):
+    model = tiny_model("conditional")
+    report = gemma_accel.apply(model)
+    Trainer(
+        model=torch.compile(model, backend="eager"),
+        args=config(tmp_path, TrainingArguments),
+        train_dataset=[{k: v[0] for k, v in batch((9,)).items()}],
+    )
+    assert report.notes.keys() >= {"per-layer table", "towers"}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import itertools
 from types import SimpleNamespace
 
@@ -34,15 +33,6 @@ from tests.test_callback import Grab, collate, tokenizer
 from tests.tiny import LANGUAGE, tiny_model
 
 pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections():
-    """Trainer collects garbage when it begins, among millions of objects of imported modules."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 # ---- what is combined

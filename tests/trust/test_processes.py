@@ -22,7 +22,8 @@ from trl.kernels import chunked_logprob
 
 import gemma_accel
 from gemma_accel import guards
-from gemma_accel.guards import UnsupportedTrainingError, why_not_train
+from gemma_accel.errors import UnsupportedTrainingError
+from gemma_accel.guards import why_not_train
 from gemma_accel.models import text_model
 from tests.test_callback import collate
 from tests.tiny import LANGUAGE, batch, tiny_model
@@ -229,7 +230,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Trainer, TrainingArguments
 import gemma_accel
-from gemma_accel.guards import UnsupportedTrainingError
+from gemma_accel.errors import UnsupportedTrainingError
 from gemma_accel.models import text_model
 from tests.tiny import batch, tiny_model
 
