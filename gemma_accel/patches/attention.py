@@ -15,6 +15,7 @@ knows that by its dtype.
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from typing import Any, NamedTuple
 
@@ -63,17 +64,20 @@ def mask(
     """
     fits = attention_mask is None or attention_mask.shape[1] == kv_length
     padding = _padding(attention_mask) if attention_mask is not None and fits else None
-    stock = (
-        use_vmap  # a mask function of somebody's own
-        or q_length != kv_length  # a cache is being read
-        or not fits  # stock cuts such a mask off, or fills it up
-        or (
-            config is not None
-            and _config_refused(config, torch.device(device), kwargs.get("dtype"))
-        )
-        or (padding is not None and not padding.serves(q_length))
-    )
-    if stock:
+    reason = None
+    if use_vmap:
+        reason = "the mask function is somebody's own"
+    elif q_length != kv_length:
+        reason = "a cache is being read"
+    elif not fits:
+        reason = "the attention mask is not as long as the row (stock cuts it off, or fills it up)"
+    elif config is not None:
+        reason = _config_refused(config, torch.device(device), kwargs.get("dtype"))
+    if reason is None and padding is not None:
+        reason = padding.refused(q_length)
+    if reason is not None:
+        if torch.is_grad_enabled():
+            _tell(reason)
         return sdpa_mask(
             batch_size,
             q_length,
@@ -112,30 +116,38 @@ def unpack(packed: Tensor) -> Segments:
     return segments
 
 
-def _config_refused(config: Any, device: torch.device, dtype: torch.dtype | None) -> bool:
-    """Whether the kernel cannot serve this model's heads on this card, in the dtype they will
-    have.
-    """
+@functools.cache
+def _tell(reason: str) -> None:
+    """Once for each reason: what a training step pays for should not be silent."""
+    warnings.warn(
+        f"gemma_accel: stock's attention runs in place of the kernel, at least for now: {reason}",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _config_refused(config: Any, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """Why the kernel cannot serve this model's heads on this card, in the dtype they will have."""
     if config.attention_dropout:
-        return True
+        return f"attention_dropout is {config.attention_dropout}"
     if device.type != "cuda" or dtype is None:
-        return False
+        return None
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
     known = _HEADS.get(id(config))
     if known is None or known[0]() is not config:
         heads = tuple({(s.heads, s.queries // s.heads) for s in layer_shapes(config)})
         known = _HEADS[id(config)] = weakref.ref(config), heads
-    return any(_heads_refused(device, dtype, *heads) for heads in known[1])
+    return next(filter(None, (_heads_refused(device, dtype, *heads) for heads in known[1])), None)
 
 
 _HEADS: dict[int, tuple[Any, tuple[tuple[int, int], ...]]] = {}
 
 
 @functools.cache
-def _heads_refused(device: torch.device, dtype: torch.dtype, heads: int, size: int) -> bool:
+def _heads_refused(device: torch.device, dtype: torch.dtype, heads: int, size: int) -> str | None:
     one = torch.empty(1, heads, 1, size, dtype=dtype, device=device)
-    return supported(one, one) is not None
+    return supported(one, one)
 
 
 class _Padding(NamedTuple):
@@ -145,15 +157,19 @@ class _Padding(NamedTuple):
     at_ends: bool
     last_is_token: bool
 
-    def serves(self, length: int) -> bool:
-        """Whether segments describe it.
+    def refused(self, length: int) -> str | None:
+        """Why segments do not describe it.
 
         `generate` from right-padded prompts reads what a padding position predicts, as stock
         computes it; segments let padding see nothing. So where no gradient is asked for, right
         padding gets stock's mask, up to the length where that mask costs more than it is worth (16
         MiB a row at 4,096).
         """
-        return self.at_ends and (self.last_is_token or torch.is_grad_enabled() or length > 4096)
+        if not self.at_ends:
+            return "the attention mask has holes in the middle of a row"
+        if self.last_is_token or torch.is_grad_enabled() or length > 4096:
+            return None
+        return "padding on the right, and no gradient is asked for"
 
 
 def _padding(mask: Tensor) -> _Padding:
