@@ -657,6 +657,15 @@ def test_a_token_id_out_of_range_is_an_error_and_the_model_goes_on(pair, token, 
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
+@pytest.mark.usefixtures("references")
+@pytest.mark.xfail(
+    strict=True, reason="the stock embedding speaks first: 'index out of range in self'"
+)
+def test_a_token_id_out_of_range_is_named(pair):
+    with pytest.raises(IndexError, match=r"4711.*160"):
+        pair[1](input_ids=torch.tensor([[5, 4711]]))
+
+
 # --- configs --------------------------------------------------------------------------------------
 
 
