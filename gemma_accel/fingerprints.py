@@ -34,7 +34,7 @@ from typing import Any
 
 __all__ = ["ABSENT", "KNOWN", "SEAMS", "TESTED", "fingerprint", "why_not"]
 
-TESTED = {"transformers": "5.17 to 5.23", "peft": "0.21"}
+TESTED = {"transformers": "5.17 to 5.24", "peft": "0.21"}
 """The versions whose fingerprints are in `KNOWN`."""
 
 ABSENT = "absent"
@@ -118,22 +118,28 @@ SEAMS: dict[str, tuple[str, ...]] = {
 KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
     "transformers.models.gemma4.modeling_gemma4": {
         "Gemma4RMSNorm": ("b515d9bd99cb",),
-        "Gemma4TextAttention": ("8cffa7cde460", "69d6344e7304"),
-        "Gemma4TextRotaryEmbedding": ("e754a1741c26", "4f47cb2be2bb", "72b3316548d9"),
+        "Gemma4TextAttention": ("8cffa7cde460", "69d6344e7304", "46f01322e07b"),
+        "Gemma4TextRotaryEmbedding": (
+            "e754a1741c26",
+            "4f47cb2be2bb",
+            "72b3316548d9",
+            "d0aafb05918a",
+        ),
         "apply_rotary_pos_emb": ("e1b136d94970",),
         "rotate_half": ("d13566b44750",),
         "Gemma4TextMLP": ("446ecabe9859", "39eca24c1bfa"),
-        "Gemma4TextDecoderLayer": ("7f0d96cda66a",),
+        "Gemma4TextDecoderLayer": ("7f0d96cda66a", "99e97dc75d43"),
         "Gemma4TextModel.get_per_layer_inputs": ("ccec3ae110e5", "0c0f5463f2e4"),
         "Gemma4TextModel.project_per_layer_inputs": ("c309dd5a3ac5",),
-        "Gemma4TextModel.forward": ("72e9b24ebd98", "b3d7b6d4fd8d"),
-        "Gemma4TextModel._maybe_slice_kv_shared_inputs": ("absent", "8528f72c0dcc"),
+        "Gemma4TextModel.forward": ("72e9b24ebd98", "b3d7b6d4fd8d", "897b64d00e62"),
+        "Gemma4TextModel._maybe_slice_kv_shared_inputs": ("absent", "8528f72c0dcc", "f0e0678421b3"),
         "Gemma4TextScaledWordEmbedding": ("890bc88f8ea0",),
         "Gemma4ForCausalLM.forward": (
             "12939aa0a4cd",
             "c42e5ee3dbf0",
             "b33c483003af",
             "3ff04ed5e9a2",
+            "ddc3bc9149ca",
         ),
         "Gemma4ForConditionalGeneration.forward": (
             "8d1ba83b239d",
@@ -141,35 +147,52 @@ KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
             "45bdf65c1e59",
             "e741cf68e9f2",
             "4e59fe706228",
+            "6703588a6122",
         ),
         "Gemma4ClippableLinear": ("cea6bb841bc2",),
-        "Gemma4VisionAttention": ("0b02b62010d8",),
+        "Gemma4VisionAttention": ("0b02b62010d8", "aa56921782c5"),
         "Gemma4VisionEncoder": ("f00445d89d01",),
-        "Gemma4VisionRotaryEmbedding": ("86df7e44b5c3", "73032e63b648", "c17190215549"),
+        "Gemma4VisionRotaryEmbedding": (
+            "86df7e44b5c3",
+            "73032e63b648",
+            "c17190215549",
+            "2d03a6e0325b",
+        ),
         "apply_multidimensional_rope": ("9654257f16c8",),
         "Gemma4VisionMLP": ("0858d5ae1d1e",),
-        "Gemma4VisionEncoderLayer": ("ea67d19b3b5b",),
+        "Gemma4VisionEncoderLayer": ("ea67d19b3b5b", "e1ad9c7ec576"),
         "Gemma4AudioModel": ("1d0e8d7551ac", "dd9e68fc0fdb"),
         "Gemma4AudioAttention": ("8e171a67d484", "56e1c8686b9d"),
-        "Gemma4AudioRelPositionalEncoding": ("ec515ef7b307",),
+        "Gemma4AudioRelPositionalEncoding": ("ec515ef7b307", "1a4e0bb9da12"),
         "Gemma4AudioFeedForward": ("e0694d5f15c0",),
         "Gemma4AudioLightConv1d": ("0007ad6d28c3",),
         "Gemma4AudioCausalConv1d": ("0cf773e674df",),
         "Gemma4AudioLayer": ("03cc6a0a3bd1",),
     },
     "transformers.modeling_layers": {
-        "GradientCheckpointingLayer": ("24d19f77ae80", "0c38020056fe"),
+        "GradientCheckpointingLayer": ("24d19f77ae80", "0c38020056fe", "fdb785aad31c"),
     },
     "transformers.modeling_rope_utils": {
         "_compute_proportional_rope_parameters": ("88500d0476cb", "e395686d4af1"),
     },
     "transformers.masking_utils": {
-        "create_causal_mask": ("a688fa88481d", "7af97c4e0893", "f8fdc4a020c1"),
-        "create_sliding_window_causal_mask": ("338f368922bc", "689999fc2c38", "6497adf28df8"),
-        "_preprocess_mask_arguments": ("9643cd7dc2ae",),
+        "create_causal_mask": ("a688fa88481d", "7af97c4e0893", "f8fdc4a020c1", "3fb067648fe2"),
+        "create_sliding_window_causal_mask": (
+            "338f368922bc",
+            "689999fc2c38",
+            "6497adf28df8",
+            "37990848193c",
+        ),
+        "_preprocess_mask_arguments": ("9643cd7dc2ae", "c5a0fa832a50"),
     },
     "transformers.integrations.sdpa_attention": {
-        "sdpa_attention_forward": ("9ca25aba6080", "5bccae01f579", "33e413be6ca2", "2e8b7a1e01f9"),
+        "sdpa_attention_forward": (
+            "9ca25aba6080",
+            "5bccae01f579",
+            "33e413be6ca2",
+            "2e8b7a1e01f9",
+            "95be3bbfbfe2",
+        ),
     },
     "transformers.loss.loss_utils": {
         "ForCausalLMLoss": ("3752db534e73",),

@@ -65,7 +65,13 @@ def live_in(base: nn.Module, report: Report, budget: float | None, *, capped: bo
     policy = getattr(text_model(base), "memory", None)
     if policy is not None and budget is not None:
         policy.set_budget(int(budget * 2**30))
-        policy.tell = functools.partial(report.note, "layers")
+        policy.tell = functools.partial(_tell, weakref.ref(report))
+
+
+def _tell(report: Callable[[], Report | None], text: str) -> None:
+    # weakly: the policy is reached from a step's graph, which would then hold the whole model
+    if (alive := report()) is not None:
+        alive.note("layers", text)
 
 
 def _plan(base: Any, budget: float | None, *, batch_size: int, sequence_length: int) -> Any:
@@ -225,6 +231,7 @@ def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Rep
 def _attach(trainer: Any, report: Report) -> None:
     """Give the trainer its callback, unless the user already did."""
     from gemma_accel.callback import GradientAccumulationCallback
+    from gemma_accel.inputs import CheckedIds
 
     guards.check_trainer(trainer, report)
     callbacks = trainer.callback_handler.callbacks
@@ -233,6 +240,9 @@ def _attach(trainer: Any, report: Report) -> None:
         callback = GradientAccumulationCallback()
         trainer.add_callback(callback)
     callback.attach(trainer, report=report)
+    if not isinstance(trainer.data_collator, CheckedIds):
+        embedding = text_model(base_model(trainer.model)).embed_tokens
+        trainer.data_collator = CheckedIds(trainer.data_collator, embedding.num_embeddings)
     _tell_policy(trainer)
 
 

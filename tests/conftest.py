@@ -59,9 +59,11 @@ def trl_on_the_cpu(monkeypatch, tmp_path):
     trl_on_cpu.install(monkeypatch.setattr)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_collections():
-    """Trainer collects garbage when it begins, among millions of objects of imported modules."""
+@pytest.fixture(scope="module")
+def quick_collections():
+    """Trainer collects garbage when it begins, among millions of objects of imported modules. For
+    files that train much and do not look at what is collected.
+    """
     gc.collect()
     gc.freeze()
     yield

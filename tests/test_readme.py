@@ -94,6 +94,16 @@ def test_losses_float32_and_newest_versions_are_the_files():
     )
 
 
+def test_the_counts_are_the_tests():
+    from tests.trust.test_bad_input import EXAMPLES
+    from tests.trust.test_options import COMBINATIONS
+    from tests.trust.test_planted_faults import FAULTS
+
+    assert f"**{len(COMBINATIONS)} combinations**" in README
+    assert f"**{FAULTS} faults**" in README
+    assert f"**{EXAMPLES:,} bad inputs**" in README
+
+
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)#]+)\)", README))
 def test_what_is_linked_is_there(path):
     assert (ROOT / path).exists()

@@ -11,6 +11,7 @@ Transformers' attention registry, so that their patches need not know this one.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -44,6 +45,13 @@ __all__ = [
     "qk_norm_rope_patch",
 ]
 
+CACHE = (
+    "cache"
+    if "cache" in inspect.signature(Gemma4TextAttention.forward).parameters
+    else "past_key_values"
+)
+"""What stock calls the argument: the former since transformers 5.24."""
+
 
 class Projector:
     """How a fused module runs its linear layers: as stock does, one module call each. The `lora`
@@ -71,19 +79,20 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
         position_embeddings: Any,  # (cos, sin); stock says Tensor
         attention_mask: Tensor | None,
         shared_kv_states: Any,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        cache = kwargs.pop("past_key_values", cache)
         if not self._norms_are_stock():
             return super().forward(
                 hidden_states,
                 position_embeddings,
                 attention_mask,
                 shared_kv_states,
-                past_key_values,
+                cache,
                 **kwargs,
             )
-        if self.groups > 1 and past_key_values is None:
+        if self.groups > 1 and cache is None:
             read = readable_by_heads(self, hidden_states)
             if read is not None:
                 keys = self._keys(hidden_states, position_embeddings, shared_kv_states)
@@ -96,8 +105,9 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
             key, value = shared_kv_states[self.layer_type]
         else:
             key, value = key.transpose(1, 2), value.transpose(1, 2)
-            if past_key_values is not None:
-                key, value = past_key_values.update(key, value, self.layer_idx)
+            if cache is not None:
+                more = {"kwargs": kwargs} if CACHE == "cache" else {}
+                key, value = cache.update(key, value, self.layer_idx, **more)
         if self.store_full_length_kv:
             shared_kv_states[self.layer_type] = key, value
 
@@ -242,9 +252,10 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         position_embeddings: Any = None,
         attention_mask: Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> Tensor:
+        kwargs[CACHE] = kwargs.pop("past_key_values", cache)
         if not self._norms_are_stock():
             if isinstance(per_layer_input, LayerInput):
                 per_layer_input = per_layer_input.tensor()
@@ -255,7 +266,6 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
                 position_embeddings=position_embeddings,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 **kwargs,
             )
         context = {
@@ -263,7 +273,6 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
             "attention_mask": attention_mask,
             "shared_kv_states": shared_kv_states,
             "position_ids": position_ids,
-            "past_key_values": past_key_values,
             **kwargs,
         }
         if getattr(self.self_attn, "groups", 1) > 1 and torch.is_grad_enabled():

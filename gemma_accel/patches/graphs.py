@@ -224,9 +224,8 @@ class StackGraphs:
         graphs serve.
         """
         mask = kwargs.get("attention_mask")
-        if kwargs.get("past_key_values") is not None or (
-            mask is not None and mask.dtype != torch.int32
-        ):
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if cache is not None or (mask is not None and mask.dtype != torch.int32):
             return None
         if any(
             kwargs.get(name)
@@ -333,7 +332,6 @@ class StackGraphs:
                 position_embeddings=positions[text.config.layer_types[index]],
                 attention_mask=mask,
                 position_ids=position_ids,
-                past_key_values=None,
             )
         return hidden
 

@@ -14,7 +14,7 @@ import types
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4CausalLMOutputWithPast,
     Gemma4ForCausalLM,
@@ -42,14 +42,15 @@ _NEEDS_STOCK = (
     "output_attentions",
     "output_router_logits",
     "return_dict",
-    "past_key_values",
+    "past_key_values",  # which is "cache" since transformers 5.24
+    "cache",
 )
 
 
 class _LossOutput(Gemma4CausalLMOutputWithPast):
     """A loss, and the logits for whoever asks: by attribute, by key or by position."""
 
-    def __init__(self, loss: Tensor | None = None, compute: Any = None, **others: Any) -> None:
+    def __init__(self, loss: Any = None, compute: Any = None, **others: Any) -> None:
         super().__init__(loss=loss, **others)
         object.__setattr__(self, "_compute", compute)
 

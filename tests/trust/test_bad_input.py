@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import struct
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -657,13 +658,18 @@ def test_a_token_id_out_of_range_is_an_error_and_the_model_goes_on(pair, token, 
         assert torch.equal(model(input_ids=ids).logits, before)
 
 
-@pytest.mark.usefixtures("references")
-@pytest.mark.xfail(
-    strict=True, reason="the stock embedding speaks first: 'index out of range in self'"
-)
-def test_a_token_id_out_of_range_is_named(pair):
-    with pytest.raises(IndexError, match=r"4711.*160"):
-        pair[1](input_ids=torch.tensor([[5, 4711]]))
+@pytest.mark.usefixtures("references", "trl_on_the_cpu")
+@pytest.mark.parametrize("wrong", [4711, -3])
+def test_a_token_id_out_of_range_is_named(pair, wrong):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": ids, "labels": [5, 6]} for ids in ([5, 6], [5, wrong])]
+    args = TrainingArguments("out", use_cpu=True, report_to="none", max_steps=1)
+    trainer = Trainer(model=pair[1], args=args, train_dataset=rows)
+    with pytest.raises(ValueError, match=rf"token id {wrong}; .* vocabulary has 160"):
+        trainer.train()
+    assert trainer.data_collator.collator is not None
+    assert pickle.loads(pickle.dumps(trainer.data_collator)).vocabulary == 160
 
 
 # --- configs --------------------------------------------------------------------------------------

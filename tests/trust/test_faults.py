@@ -761,6 +761,7 @@ def child(directory):
     words = words or fixture._get_wrapped_function()()
     trl_on_cpu.install()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write fails instead
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     install_load_path()
     wiring.apply_automatically()
 

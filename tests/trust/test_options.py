@@ -32,7 +32,7 @@ from gemma_accel.models import base_model, text_model
 from tests.test_callback import Grab, collate, tokenizer
 from tests.tiny import LANGUAGE, tiny_model
 
-pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu")
+pytestmark = pytest.mark.usefixtures("references", "trl_on_the_cpu", "quick_collections")
 
 
 # ---- what is combined

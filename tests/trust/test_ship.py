@@ -126,7 +126,7 @@ torch.save(
         "state": merged.state_dict(),
         "adapted": logits(adapted),
         "base": logits(load("model")),
-        "modules": sorted(name for name in sys.modules if "gemma_accel" in name),
+        "modules": sorted(name for name in sys.modules if name.startswith("gemma_accel")),
         "classes": [type(m).__module__ for m in merged.modules()],
     },
     f"{folder}/stock.pt",
