@@ -285,11 +285,9 @@ def _counts(config: Any) -> _Counts:
 def _counts_of(kind: str, values: str) -> _Counts:
     """Build the model of meta tensors and count."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     config = _config_from(kind, json.loads(values))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model, layers = _built(config)
     linears = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -304,9 +302,29 @@ def _counts_of(kind: str, values: str) -> _Counts:
             largest = max(largest, parameter.numel())
         if place == "linears" and name.split(".")[-2] in _ADAPTED:
             per_rank += sum(parameter.shape)
-    text = _text_config(config)
     places = {place: sizes[place] for place in _PLACES}
-    return _Counts(kind, text, tuple(layer_shapes(text)), largest, per_rank, **places)
+    return _Counts(kind, _text_config(config), layers, largest, per_rank, **places)
+
+
+def _built(config: Any) -> tuple[Any, tuple[LayerShape, ...]]:
+    """The model of meta tensors and its layers' shapes, or one clear error for a config that has no
+    model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = tuple(layer_shapes(_text_config(config)))
+        if any(min(one.hidden, one.queries, one.heads, one.mlp) < 1 for one in layers):
+            raise ValueError("a layer has a size that is not positive")
+        return model, layers
+    except Exception as error:  # whatever a size of zero or an unknown name runs into
+        raise UnsupportedModelError(
+            f"gemma_accel.plan cannot make a model of this {config.model_type} config "
+            f"({type(error).__name__}: {error}). Compare its fields with a released config.json."
+        ) from error
 
 
 def _text_config(config: Any) -> Any:

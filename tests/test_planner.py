@@ -304,6 +304,24 @@ def test_a_mixture_of_experts_stays_bfloat16_and_is_checkpointed():
     assert made.fits and not make("26b-a4b", vram_gib=24.0).fits
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": -64},
+        {"hidden_activation": "no_such_thing"},
+        {"num_key_value_heads": 0},
+    ],
+    ids=str,
+)
+def test_a_config_of_no_model_is_one_clear_error(tmp_path, change):
+    values = json.loads((BENCHMARKS / "configs/e2b.json").read_text())
+    values["text_config"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UnsupportedModelError, match="cannot make a model of this gemma4 config"):
+        planner.plan(tmp_path / "config.json", vram_gib=7.0, batch_size=1, sequence_length=512)
+
+
 def test_the_unified_model_is_planned_as_stock_runs_it():
     made = make("12b-unified", vram_gib=16.0)
     assert any("apply refuses it" in note for note in made.notes)
