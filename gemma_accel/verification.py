@@ -30,6 +30,7 @@ import functools
 import io
 import os
 import re
+import weakref
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -631,13 +632,18 @@ class _Station(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, stations: _Stations, key: str, hold: bool) -> Tensor:
-        ctx.about = stations, key, hold
+        # weakly: a graph that a failed run leaves behind would hold the model, out of the
+        # collector's sight
+        ctx.about = weakref.ref(stations), key, hold
         return stations.meet(key, x, hold)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        stations, key, hold = ctx.about
-        return stations.meet(f"gradient of {key}", dy, hold), None, None, None
+        reference, key, hold = ctx.about
+        stations = reference()
+        if stations is not None:
+            dy = stations.meet(f"gradient of {key}", dy, hold)
+        return dy, None, None, None
 
 
 class _Stations:

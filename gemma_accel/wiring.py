@@ -241,8 +241,8 @@ def _attach(trainer: Any, report: Report) -> None:
         trainer.add_callback(callback)
     callback.attach(trainer, report=report)
     if not isinstance(trainer.data_collator, CheckedIds):
-        embedding = text_model(base_model(trainer.model)).embed_tokens
-        trainer.data_collator = CheckedIds(trainer.data_collator, embedding.num_embeddings)
+        vocabulary = text_model(base_model(trainer.model)).config.vocab_size
+        trainer.data_collator = CheckedIds(trainer.data_collator, vocabulary)
     _tell_policy(trainer)
 
 
