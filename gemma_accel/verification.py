@@ -236,7 +236,7 @@ def verify(model: Any, *, rtol: float | None = None) -> Verification:
         stack.enter_context(_adapters_awake(model))
         nn.Module.train(model)  # the model's own `train` may remember in which mode it was last
         if device.type == "cuda":
-            # stock's activations of this batch, all kept, would not fit: E4B's are 13 GiB
+            # stock's activations of this batch, all kept, would not fit an 8 GB card
             _checkpoint(text_model(base))
             stack.callback(torch.cuda.empty_cache)
         probes, notes = _probes(model, base, device)

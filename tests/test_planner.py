@@ -69,15 +69,19 @@ OURS, STOCK = measured("gemma_accel"), measured("trl")
 @pytest.mark.skipif(not OURS, reason="benchmarks/results holds no row of gemma_accel")
 @pytest.mark.parametrize("row", OURS.values(), ids=OURS.keys())
 def test_within_eight_per_cent_of_what_was_measured(row):
-    if "anonymous" not in row.get("host_gib", {}):
-        pytest.skip("measured before the allocator's segments grew")
+    if "anonymous" not in row.get("host_gib", {}):  # before the allocator's segments grew
+        if row["work"] == "short":
+            pytest.skip("measured before a capture gave back what eager steps had cached")
+        if row.get("vram_gib"):
+            pytest.skip("measured when tight budgets cut MLPs into tiles, whose holes are in it")
     made = plan_of(row)
     assert made.load_peak_gib == pytest.approx(row["load_peak_gib"], rel=0.08)
     peak = max(made.peak_gib, made.load_peak_gib)  # what loading reserved stays reserved
     assert peak == pytest.approx(row["peak_reserved_gib"], rel=0.08), made.components
     # the checkpoint lay on a tmpfs: the mapped table counts as shared
-    host = row["host_gib"]["anonymous"] + row["host_gib"]["shared"]
-    assert made.host_gib == pytest.approx(host, rel=0.08)
+    host = row.get("host_gib", {})
+    if "anonymous" in host:  # older rows have the peak alone, pages of the checkpoint included
+        assert made.host_gib == pytest.approx(host["anonymous"] + host["shared"], rel=0.08)
 
 
 @pytest.mark.skipif(not STOCK, reason="benchmarks/results holds no row of trl")

@@ -16,11 +16,11 @@ Four ideas carry the file.
   border), which need a mask, and those inside, which do not: two loops over one body. Where the
   second loop would not fit the registers, one masked loop does for all (``edges=False``).
 - Head size 512 leaves no room for 128 rows of output, so two programs share a tile of rows, each
-  with half of V's columns (``parts``). Scores are then computed twice, and it still wins: on an
-  H100 276 against 250 TFLOP/s for 64 rows with all columns.
+  with half of V's columns (``parts``). Scores are then computed twice, and it still wins
+  over 64 rows with all columns (benchmarks/LOG.md).
 - dK and dV accumulate transposed (``flip``) on Hopper, whose matrix instruction wants 64 rows: a
   block may then have 32 keys, which makes twice the programs, and their number is what limited that
-  launch (head size 256 at 8192: 2.0 against 2.6 ms at best with 64 keys).
+  launch.
 """
 
 from __future__ import annotations

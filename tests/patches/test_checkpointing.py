@@ -225,15 +225,20 @@ class TestChoice:
             cost = grades
 
 
+def on_the_gpu(mode):
+    """A model all of whose layers run in ``mode``, and a batch for it."""
+    model, peft = adapted(hidden_size=256)
+    peft.cuda()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    force(model, [mode] * 5)
+    return peft, {k: v.cuda() for k, v in batch((400, 400)).items()}
+
+
 @pytest.mark.gpu
 def test_offloading_on_a_gpu_gives_the_same_gradients_and_holds_less():
     results = {}
     for mode in (Mode.RECOMPUTE, Mode.OFFLOAD):
-        model, peft = adapted(hidden_size=256)
-        peft.cuda()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        force(model, [mode] * 5)
-        inputs = {k: v.cuda() for k, v in batch((400, 400)).items()}
+        peft, inputs = on_the_gpu(mode)
         for _ in range(2):  # the second step reuses the host buffers
             _, grads = gradients(peft, inputs)
         results[mode] = grads
@@ -245,11 +250,7 @@ def test_offloading_on_a_gpu_gives_the_same_gradients_and_holds_less():
 def test_an_offloaded_input_leaves_the_gpu():
     held = {}
     for mode in (Mode.RECOMPUTE, Mode.OFFLOAD):
-        model, peft = adapted(hidden_size=256)
-        peft.cuda()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        force(model, [mode] * 5)
-        inputs = {k: v.cuda() for k, v in batch((400, 400)).items()}
+        peft, inputs = on_the_gpu(mode)
         for _ in range(2):
             loss = peft(**inputs).loss
             torch.cuda.synchronize()
@@ -258,6 +259,6 @@ def test_an_offloaded_input_leaves_the_gpu():
             )  # the allocator takes back what other streams are done with
             held[mode] = torch.cuda.memory_allocated()
             loss.backward()
-        del loss, peft, model
+        del loss, peft
     of_four_layers = 4 * 2 * 400 * 256 * 4  # the first one's is what every layer reads: it stays
     assert held[Mode.RECOMPUTE] - held[Mode.OFFLOAD] >= 0.9 * of_four_layers
