@@ -27,7 +27,7 @@ from benchmarks.train_step import (
     _where,
     run_work,
 )
-from benchmarks.works import ADAPTED
+from benchmarks.works import ADAPTED, nf4
 
 PATCHES, POOLED = 2520, 9  # patches an image is padded to, and patches of a soft token
 CLIPPED = (
@@ -95,7 +95,7 @@ def worker(spec: dict) -> None:
         import gemma_accel.auto  # noqa: F401 - the one line
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     work, path = WORKS[spec["work"]], spec["checkpoint"]
@@ -103,12 +103,7 @@ def worker(spec: dict) -> None:
         path,
         device_map={"": 0},
         dtype=torch.bfloat16,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        ),
+        quantization_config=nf4(),
     )
     for module in model.modules():  # a random checkpoint's ranges are infinite, and cost nothing
         if type(module).__name__ == "Gemma4ClippableLinear":

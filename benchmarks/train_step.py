@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.works import ADAPTED, WORKS, random_rows, train_flops
+from benchmarks.works import ADAPTED, WORKS, nf4, random_rows, train_flops
 from gemma_accel.telemetry import peak_tflops
 
 # -- the worker: a stock TRL script
@@ -52,17 +52,12 @@ def worker(spec: dict) -> None:
     if stack == "unsloth":
         _prepare_unsloth(spec)
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     kwargs = {}
     if work.quantised:
-        kwargs["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
+        kwargs["quantization_config"] = nf4()
     if not spec.get("float32"):
         kwargs["dtype"] = torch.bfloat16
     start = time.time()

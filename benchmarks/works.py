@@ -58,6 +58,19 @@ def config_of(model: str):
     return Gemma4Config.from_dict(json.loads((CONFIGS / f"{model}.json").read_text()))
 
 
+def nf4():
+    """Four bits as QLoRA has them, for every stack the same."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
 def build_checkpoint(model: str, directory: str | Path, *, log=print) -> Path:
     """Write random bf16 weights of a real model's shapes as `save_pretrained` does, once; returns
     the folder.

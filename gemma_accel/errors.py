@@ -8,6 +8,7 @@ __all__ = [
     "BudgetError",
     "ForeignPatchError",
     "GemmaAccelError",
+    "KernelError",
     "PatchConflictError",
     "PatchError",
     "PluginError",
@@ -46,6 +47,10 @@ class PluginError(GemmaAccelError):
 
 class PatchError(GemmaAccelError):
     """A patch failed while it was being installed; the model is stock again."""
+
+
+class KernelError(GemmaAccelError, RuntimeError):
+    """A kernel could not be built or launched on this card."""
 
 
 class SkippedPatchError(GemmaAccelError):

@@ -30,8 +30,8 @@ from transformers.modeling_utils import safe_save_file
 from trl import SFTConfig, SFTTrainer
 
 import gemma_accel
-from gemma_accel import callback, hostmemory, kernels, patching, wiring
-from gemma_accel.callback import KernelError
+from gemma_accel import failures, hostmemory, kernels, patching, wiring
+from gemma_accel.errors import KernelError
 from gemma_accel.hostmemory import FileSlice, HostTable, StaleFileError
 from gemma_accel.kernels import geglu as geglu_module
 from gemma_accel.kernels import norm_add as norm_add_module
@@ -306,7 +306,7 @@ class TestKernels:
             try:
                 function()
             except type(error) as caught:
-                return callback._kernel_failure(caught, None)
+                return failures.kernel_failure(caught, None)
             raise AssertionError("nothing was raised")
 
         wrong = torch.ones(2, 4), torch.ones(2, 3)
@@ -316,9 +316,9 @@ class TestKernels:
 
     def test_every_kernel_module_leads_to_a_patch_that_there_is(self):
         modules = {m.name for m in pkgutil.iter_modules(kernels.__path__)} - {"_triton"}
-        assert modules == callback._PATCHES_OF.keys()
+        assert modules == failures._PATCHES_OF.keys()
         names = [patch.name for patch in patching.registry().patches()]
-        for uses in callback._PATCHES_OF.values():
+        for uses in failures._PATCHES_OF.values():
             assert all(any(name.startswith(use) for name in names) for use in uses), uses
 
     @pytest.mark.gpu
@@ -335,7 +335,7 @@ class TestKernels:
         monkeypatch.setattr(norm_add_module, f"_norm_add_{way}_kernel", Refused())
         with pytest.raises(Exception) as caught:  # noqa: B017 - whatever Triton raises
             model(**inputs).loss.backward()
-        text = callback._kernel_failure(caught.value, report)
+        text = failures.kernel_failure(caught.value, report)
         assert f"'norm_add_{way}' of gemma_accel.kernels.norm_add failed on" in text
         assert "sm_" in text and "Leave the patch 'decoder_layer' out" in text
 
