@@ -16,11 +16,16 @@ from typing import Any
 
 __all__ = [
     "AWAY",
+    "HEAD_TILE",
+    "Arrangement",
     "LayerShape",
     "Mode",
+    "arrange",
     "between_layers_bytes",
     "choose_modes",
+    "graph_bytes",
     "head_groups",
+    "head_tile",
     "kept_bytes",
     "layer_shapes",
     "loss_bytes",
@@ -79,11 +84,32 @@ def head_groups(mode: Mode, heads: int) -> int:
     return min(heads, 4) if mode is Mode.TIGHT else 1
 
 
-def loss_bytes(tokens: int, hidden: int, vocabulary: int) -> int:
+HEAD_TILE = 4096
+"""Tokens that TRL's chunked LM head takes at a time unless told otherwise."""
+
+
+def head_tile(tokens: int, hidden: int, vocabulary: int, available: int) -> int:
+    """How many tokens the LM head should take at a time: fewer than TRL's own `HEAD_TILE` where the
+    loss would be more than a quarter of the ``available`` bytes.
+    """
+    tile = HEAD_TILE
+    while tile > 1024 and loss_bytes(tokens, hidden, vocabulary, tile) > available / 4:
+        tile //= 2
+    return tile
+
+
+def loss_bytes(tokens: int, hidden: int, vocabulary: int, tile: int = HEAD_TILE) -> int:
     """TRL's chunked head: a tile of logits, the labelled rows, their gradient in float32 and in the
     model's dtype.
     """
-    return min(tokens, 4096) * min(vocabulary, 32768) * 2 + tokens * hidden * 12
+    return min(tokens, tile) * min(vocabulary, 32768) * 2 + tokens * hidden * 12
+
+
+def graph_bytes(tokens: int, hidden: int, trained: int, itemsize: int = 2) -> int:
+    """What CUDA graphs of the stack hold besides its activations: its input, its output, their
+    gradients, and those of the ``trained`` bytes of parameters.
+    """
+    return 4 * tokens * hidden * itemsize + trained
 
 
 @dataclass(frozen=True)
@@ -255,3 +281,45 @@ def choose_modes(
             if peak_bytes(layers, modes, tokens, loss, itemsize) > available:
                 modes[index] = below
     return modes
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How a batch goes through the model."""
+
+    modes: list[Mode]
+    graphed: bool
+    """whether there is room for CUDA graphs of the layers so run"""
+    head_tile: int
+    """tokens that the LM head takes at a time"""
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether layers do the same work twice to take less memory: dear where the card, and not
+        the host, is what a step waits for.
+        """
+        return bool({Mode.RECOMPUTE_TILED, Mode.OFFLOAD_TILED, Mode.TIGHT} & set(self.modes))
+
+
+def arrange(
+    layers: Sequence[LayerShape],
+    tokens: int,
+    available: int,
+    vocabulary: int,
+    trained: int | None,
+    itemsize: int = 2,
+) -> Arrangement:
+    """The cheapest way through ``available`` bytes, with CUDA graphs of the layers where they fit.
+
+    Graphs have memory of their own, which the loss cannot use; without them layers and loss take
+    turns. ``trained`` is the bytes of what gets a gradient; None for no graphs.
+    """
+    hidden = layers[0].hidden
+    tile = head_tile(tokens, hidden, vocabulary, available)
+    loss = loss_bytes(tokens, hidden, vocabulary, tile)
+    if trained is not None:
+        beside = available - loss - graph_bytes(tokens, hidden, trained, itemsize)
+        modes = choose_modes(layers, tokens, beside, 0, itemsize)
+        if peak_bytes(layers, modes, tokens, 0, itemsize) <= beside:
+            return Arrangement(modes, True, tile)
+    return Arrangement(choose_modes(layers, tokens, available, loss, itemsize), False, tile)

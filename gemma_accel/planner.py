@@ -27,10 +27,13 @@ from typing import Any, NamedTuple
 from gemma_accel.errors import UnsupportedModelError
 from gemma_accel.memory import (
     AWAY,
+    HEAD_TILE,
+    Arrangement,
     LayerShape,
     Mode,
+    arrange,
     between_layers_bytes,
-    choose_modes,
+    graph_bytes,
     kept_bytes,
     layer_shapes,
     loss_bytes,
@@ -378,9 +381,9 @@ class _Run:
         """Whether no patch covers the model's classes: it is trained as it comes."""
         return "unified" in self.counts.kind
 
-    def loss(self, tokens: int) -> int:
+    def loss(self, tokens: int, tile: int = HEAD_TILE) -> int:
         """Bytes of TRL's chunked head."""
-        return loss_bytes(tokens, self.counts.text.hidden_size, self.counts.text.vocab_size)
+        return loss_bytes(tokens, self.counts.text.hidden_size, self.counts.text.vocab_size, tile)
 
 
 def _weights(run: _Run) -> dict[str, float]:
@@ -419,13 +422,6 @@ def _resident(run: _Run) -> float:
 # --- bytes of a step ---
 
 
-class _Choice(NamedTuple):
-    """What the policy makes of a batch."""
-
-    modes: Sequence[Mode]
-    graphed: bool = False
-
-
 class _Moment(NamedTuple):
     """Bytes of activations at a step's highest moment."""
 
@@ -434,20 +430,19 @@ class _Moment(NamedTuple):
     loss: int
 
 
-def _choose(run: _Run, batch_size: int, length: int) -> _Choice:
-    """`MemoryPolicy.modes`, without a tensor to ask about."""
-    from gemma_accel.patches.checkpointing import LEAN, SLACK
+def _choose(run: _Run, batch_size: int, length: int) -> Arrangement:
+    """`MemoryPolicy.arrangement`, without a tensor to ask about, and with a host that is slower
+    than its card.
+    """
+    from gemma_accel.patches.checkpointing import SLACK
 
-    layers, tokens, loss = run.counts.layers, batch_size * length, run.loss(batch_size * length)
+    layers = run.counts.layers
     if run.vram_gib is None or run.is_mixture or run.is_stock:
-        return _Choice([Mode.RECOMPUTE] * len(layers))
+        return Arrangement([Mode.RECOMPUTE] * len(layers), False, HEAD_TILE)
     available = int(run.vram_gib * GIB * (1 - SLACK) - _held(run, batch_size, length))
-    if _captures():
-        graphed = available - loss - _graph_bytes(run, tokens)
-        modes = choose_modes(layers, tokens, graphed, 0, ITEMSIZE)
-        if not LEAN & set(modes):
-            return _Choice(modes, graphed=True)
-    return _Choice(choose_modes(layers, tokens, available, loss, ITEMSIZE))
+    trained = int(run.adapters) if _captures() else None
+    vocabulary = run.counts.text.vocab_size
+    return arrange(layers, batch_size * length, available, vocabulary, trained, ITEMSIZE)
 
 
 def _held(run: _Run, batch_size: int, length: int) -> float:
@@ -468,14 +463,10 @@ def _captures() -> bool:
     return any(patch.name == "cuda_graphs" for patch in registry().patches())
 
 
-def _graph_bytes(run: _Run, tokens: int) -> int:
-    """Captured layers' input, output, their gradients, and gradients of what is trained."""
-    return 4 * tokens * run.counts.text.hidden_size * ITEMSIZE + run.adapters
-
-
-def _highest(run: _Run, choice: _Choice, tokens: int) -> _Moment:
+def _highest(run: _Run, choice: Arrangement, tokens: int) -> _Moment:
     """`memory.peak_bytes` in its parts: some layer's backward, or the loss."""
-    loss, extra = run.loss(tokens), _experts_bytes(run, tokens, backward=True)
+    loss = run.loss(tokens, choice.head_tile)
+    extra = _experts_bytes(run, tokens, backward=True)
     moments = []
     kept = 0
     for layer, mode in zip(run.counts.layers, choice.modes, strict=True):
@@ -483,7 +474,8 @@ def _highest(run: _Run, choice: _Choice, tokens: int) -> _Moment:
         moments.append(_Moment(kept, transient_bytes(layer, mode, tokens, ITEMSIZE) + extra, 0))
     if choice.graphed:  # memory of their own, which the loss cannot use
         highest = max(moments, key=sum)
-        return _Moment(highest.kept, highest.workspace + _graph_bytes(run, tokens), loss)
+        own = graph_bytes(tokens, run.counts.text.hidden_size, int(run.adapters), ITEMSIZE)
+        return _Moment(highest.kept, highest.workspace + own, loss)
     return max(*moments, _Moment(kept, 0, loss), key=sum)
 
 
@@ -502,7 +494,7 @@ def _inputs(run: _Run, batch_size: int, length: int) -> int:
     return batch_size * length * 3 * 8
 
 
-def _between_layers(run: _Run, choice: _Choice, batch_size: int, length: int) -> int:
+def _between_layers(run: _Run, choice: Arrangement, batch_size: int, length: int) -> int:
     """What passes between layers, and a batch's ids, labels and mask."""
     passing = between_layers_bytes(run.counts.layers, choice.modes, batch_size, length, ITEMSIZE)
     return passing + _inputs(run, batch_size, length)
@@ -519,7 +511,7 @@ def _reserved(run: _Run, resident: float, passing: float) -> float:
     return min(freely, max(run.vram_gib * GIB, (resident + passing) * (1 + TIDY)))
 
 
-def _train_peak(run: _Run, choice: _Choice, batch_size: int, length: int) -> float:
+def _train_peak(run: _Run, choice: Arrangement, batch_size: int, length: int) -> float:
     if run.is_stock:
         return _stock_train_peak(run, batch_size, length)
     moment = _highest(run, choice, batch_size * length)
@@ -538,7 +530,7 @@ def _load_peak(run: _Run) -> float:
     return linears * run.per_linear_parameter + rest * ITEMSIZE + on_the_way
 
 
-def _eval_peak(run: _Run, choice: _Choice, length: int, train_tokens: int) -> float:
+def _eval_peak(run: _Run, choice: Arrangement, length: int, train_tokens: int) -> float:
     """One layer's forward at a time, shared keys and values, the head in chunks; no gradients."""
     tokens, text = EVAL_BATCH * length, run.counts.text
     widest = 0
@@ -548,8 +540,8 @@ def _eval_peak(run: _Run, choice: _Choice, length: int, train_tokens: int) -> fl
         widest = max(widest, mlp, tokens * (3 * layer.queries + 4 * layer.keys))
     hidden = tokens * text.hidden_size
     layer_work = (widest + 4 * hidden) * ITEMSIZE + _experts_bytes(run, tokens, backward=False)
-    head = (min(tokens, 4096) * min(text.vocab_size, 32768) + hidden) * ITEMSIZE
-    keeping = _Choice([Mode.KEEP] * len(choice.modes))  # no gradients of shared keys and values
+    head = (min(tokens, choice.head_tile) * min(text.vocab_size, 32768) + hidden) * ITEMSIZE
+    keeping = _all(run, Mode.KEEP)  # no gradients of shared keys and values
     between = _between_layers(run, keeping, EVAL_BATCH, length)
     fixed = _resident(run) - _trained(run)["gradients"]
     return _reserved(run, fixed, max(layer_work, head) + between)
@@ -607,7 +599,7 @@ def _plan(run: _Run, batch_size: int, length: int) -> Plan:
     return made
 
 
-def _components(run: _Run, choice: _Choice, batch_size: int, length: int) -> dict[str, float]:
+def _components(run: _Run, choice: Arrangement, batch_size: int, length: int) -> dict[str, float]:
     """GiB by name."""
     moment = _highest(run, choice, batch_size * length)
     between = _between_layers(run, choice, batch_size, length)
@@ -630,7 +622,7 @@ def _components(run: _Run, choice: _Choice, batch_size: int, length: int) -> dic
     return {name: size / GIB for name, size in found.items() if size}
 
 
-def _choices(run: _Run, choice: _Choice, batch_size: int, length: int) -> dict[str, Any]:
+def _choices(run: _Run, choice: Arrangement, batch_size: int, length: int) -> dict[str, Any]:
     counted = Counter(choice.modes)
     where = "host memory" if run.lora_rank else "GPU memory: trained"
     others = _alternatives(run, choice, batch_size, length)
@@ -643,7 +635,7 @@ def _choices(run: _Run, choice: _Choice, batch_size: int, length: int) -> dict[s
     }
 
 
-def _alternatives(run: _Run, choice: _Choice, batch_size: int, length: int) -> dict[str, float]:
+def _alternatives(run: _Run, choice: Arrangement, batch_size: int, length: int) -> dict[str, float]:
     """Training's peak in bytes, were one thing otherwise."""
     peak = _train_peak(run, choice, batch_size, length)
     found = {
@@ -667,8 +659,8 @@ def _modes_of(run: _Run) -> Sequence[Mode]:
     return (Mode.RECOMPUTE,) if run.is_mixture or run.is_stock else tuple(Mode)
 
 
-def _all(run: _Run, mode: Mode) -> _Choice:
-    return _Choice([mode] * len(run.counts.layers))
+def _all(run: _Run, mode: Mode) -> Arrangement:
+    return Arrangement([mode] * len(run.counts.layers), False, HEAD_TILE)
 
 
 def _fits(run: _Run, batch_size: int, length: int) -> bool:

@@ -48,7 +48,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from gemma_accel.budget import memory_budget
 from gemma_accel.errors import BudgetError, GemmaAccelError
 from gemma_accel.hookspecs import Patch, Undo
-from gemma_accel.memory import Mode
+from gemma_accel.memory import HEAD_TILE, Arrangement, Mode
 from gemma_accel.models import base_model, model_device, text_model
 from gemma_accel.patches.checkpointing import checkpointing_patch, graphs_patch
 from gemma_accel.patches.graphs import STEADY
@@ -1033,13 +1033,14 @@ def _in_modes(text: Any, modes: list[Mode]) -> Iterator[None]:
     policy = text.memory
     budget = policy.budget
     policy.budget = budget or 1 << 60
-    policy.modes = lambda _: [modes[i % len(modes)] for i in range(len(text.layers))]
+    by_turns = [modes[i % len(modes)] for i in range(len(text.layers))]
+    policy.forced = Arrangement(by_turns, graphed=False, head_tile=HEAD_TILE)
     _checkpoint(text, anew=True)
     try:
         yield
     finally:
         policy.budget = budget
-        del policy.modes
+        policy.forced = None
 
 
 @contextlib.contextmanager

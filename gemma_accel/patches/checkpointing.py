@@ -22,23 +22,23 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 from gemma_accel.hookspecs import Patch
 from gemma_accel.memory import (
     AWAY,
+    HEAD_TILE,
+    Arrangement,
     Mode,
+    arrange,
     between_layers_bytes,
-    choose_modes,
     head_groups,
     layer_shapes,
-    loss_bytes,
     mlp_schedule,
 )
 from gemma_accel.patches.graphs import StackGraphs
+from gemma_accel.patches.lm_head import set_head_tile
 from gemma_accel.patches.offload import OffloadedInputs
 from gemma_accel.patches.seams import Fused, Undoing
 
 __all__ = ["MemoryPolicy", "checkpointing_patch", "graphs_patch"]
 
 GIB = 2**30
-LEAN = AWAY | {Mode.RECOMPUTE_TILED}
-"""Modes that are chosen where memory is short: CUDA graphs, which hold memory, are not for them."""
 # of the budget: what the caching allocator cannot use for being in pieces, and what no arithmetic
 # names
 SLACK = 0.05
@@ -59,19 +59,14 @@ class MemoryPolicy:
         self.fixed = self.trained = 0
         self.captures = False  # whether the `cuda_graphs` patch is there
         self.tell: Callable[[str], None] | None = None  # hears what was chosen, in words
-        self.chosen: dict[tuple[int, ...], list[Mode]] = {}
-        self._graphed: dict[tuple[int, ...], bool] = {}
+        self.chosen: dict[tuple[int, ...], Arrangement] = {}
+        self.forced: Arrangement | None = None  # to verify and to test by
         self._inputs = OffloadedInputs()
 
     def __deepcopy__(self, memo: Any) -> MemoryPolicy:
         twin = object.__new__(MemoryPolicy)
         twin.__dict__.update(
-            self.__dict__,
-            chosen={},
-            _graphed={},
-            captures=False,
-            tell=None,
-            _inputs=OffloadedInputs(),
+            self.__dict__, chosen={}, captures=False, tell=None, _inputs=OffloadedInputs()
         )
         return twin
 
@@ -79,55 +74,68 @@ class MemoryPolicy:
         """Live in ``nbytes`` from the next forward on."""
         self.budget = nbytes
         self.chosen.clear()
-        self._graphed.clear()
 
-    def modes(self, hidden: Tensor) -> list[Mode]:
-        """The modes of every layer for hidden states [B, T, D] of this shape."""
-        key = (*hidden.shape, hidden.element_size())
+    def give_up_graphs(self) -> None:
+        """Choose anew, now that no layers will be captured any more."""
+        self.captures = False
+        self.chosen.clear()
+
+    def arrangement(self, hidden: Tensor) -> Arrangement:
+        """What is chosen for hidden states [B, T, D] of this shape."""
+        if self.forced is not None:
+            return self.forced
+        key = _key(hidden)
         if key not in self.chosen:
-            assert self.budget is not None
-            held = torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
-            passing = between_layers_bytes(
-                self.shapes,
-                [Mode.TIGHT] * len(self.shapes),
-                hidden.shape[0],
-                hidden.shape[1],
-                hidden.element_size(),
-            )
-            available = int(self.budget * (1 - SLACK)) - max(self.fixed + passing, held)
-            tokens, itemsize = hidden.shape[0] * hidden.shape[1], hidden.element_size()
-            loss = loss_bytes(tokens, hidden.shape[2], self.vocabulary)
-            # with graphs the loss has no use of the stack's memory, and the graphs hold their
-            # input, output and gradient
-            graphed = available - loss - 4 * tokens * hidden.shape[2] * itemsize - self.trained
-            modes = choose_modes(self.shapes, tokens, graphed, 0, itemsize)
-            self._graphed[key] = hidden.is_cuda and self.captures and not LEAN & set(modes)
-            if not self._graphed[key]:
-                modes = choose_modes(self.shapes, tokens, available, loss, itemsize)
-            self.chosen[key] = modes
-            if self.tell is not None:
-                self.tell(self.summary())
+            self._choose(hidden, captures=self.captures and hidden.is_cuda)
         return self.chosen[key]
 
-    def graphs_fit(self, hidden: Tensor) -> bool:
-        """Whether CUDA graphs of a batch of this shape fit beside everything else, layers not cut
-        to the bone.
+    def _choose(self, hidden: Tensor, *, captures: bool) -> None:
+        assert self.budget is not None
+        batch, length, itemsize = *hidden.shape[:2], hidden.element_size()
+        held = torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
+        passing = between_layers_bytes(
+            self.shapes, [Mode.TIGHT] * len(self.shapes), batch, length, itemsize
+        )
+        self.chosen[_key(hidden)] = arrange(
+            self.shapes,
+            batch * length,
+            int(self.budget * (1 - SLACK)) - max(self.fixed + passing, held),
+            self.vocabulary,
+            self.trained if captures else None,
+            itemsize,
+        )
+        if self.tell is not None:
+            self.tell(self.summary())
+
+    def graphs_fit(self, hidden: Tensor, *, host_bound: bool) -> bool:
+        """Whether to capture a batch of this shape: graphs fit beside everything else, and if that
+        takes layers in tiles, then only where the host is what a step waits for (``host_bound``).
         """
         if self.budget is None:
             return False
-        self.modes(hidden)
-        key = (*hidden.shape, hidden.element_size())
-        return self._graphed[key]
+        chosen = self.arrangement(hidden)
+        set_head_tile(chosen.head_tile)
+        if chosen.graphed and chosen.in_tiles and not host_bound:
+            self._choose(hidden, captures=False)
+            return False
+        return chosen.graphed
+
+    def part_with_inputs(self) -> OffloadedInputs:
+        """The host buffers, for graphs that were just captured with them; the next eager step makes
+        its own.
+        """
+        mine, self._inputs = self._inputs, OffloadedInputs()
+        return mine
 
     def summary(self) -> str:
         """What was chosen, for the report: a line a batch shape."""
         lines = []
-        for key, modes in self.chosen.items():
-            counts = Counter(mode.value for mode in modes)
+        for key, chosen in self.chosen.items():
+            counts = Counter(mode.value for mode in chosen.modes)
             text = ", ".join(f"{n} {mode}" for mode, n in counts.items())
             lines.append(
                 f"{key[0]} x {key[1]}: {text}"
-                + (", with room for CUDA graphs" if self._graphed[key] else "")
+                + (", with room for CUDA graphs" if chosen.graphed else "")
             )
         return "; ".join(lines)
 
@@ -144,18 +152,29 @@ class MemoryPolicy:
         """
         if self.budget is None or not _is_plain(stock):
             return stock(forward, hidden, *rest)
-        mode = self.modes(hidden)[layer.layer_idx]
+        chosen = self.arrangement(hidden)
+        mode = chosen.modes[layer.layer_idx]
+        if layer.layer_idx == 0:
+            set_head_tile(chosen.head_tile)
         mlp = layer.mlp
         mlp.keep, mlp.tile = mlp_schedule(mode, hidden.shape[0] * hidden.shape[1])
         layer.self_attn.groups = head_groups(mode, self.shapes[layer.layer_idx].heads)
-        if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP):
-            return forward(hidden, *rest)
         # no random numbers are drawn in a layer without dropout: their state need not be saved and
         # put back around every one
         again = functools.partial(stock, preserve_rng_state=_draws(layer))
-        if mode in AWAY and hidden.is_cuda:
-            return self._inputs.run(again, forward, hidden, *rest, first=layer.layer_idx == 0)
-        return again(forward, hidden, *rest)
+        if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP):
+            out = forward(hidden, *rest)
+        elif mode in AWAY and hidden.is_cuda:
+            out = self._inputs.run(again, forward, hidden, *rest, first=layer.layer_idx == 0)
+        else:
+            out = again(forward, hidden, *rest)
+        if layer.layer_idx == len(self.shapes) - 1:
+            self._inputs.settle()
+        return out
+
+
+def _key(hidden: Tensor) -> tuple[int, ...]:
+    return (*hidden.shape, hidden.element_size())
 
 
 def _draws(layer: Any) -> bool:
@@ -201,6 +220,7 @@ class CheckpointingPatch(Patch):
             holder.memory = policy
 
         def run() -> None:
+            set_head_tile(HEAD_TILE)
             for holder in holders:
                 vars(holder).pop("memory", None)
                 vars(getattr(holder, "self_attn", holder)).pop("groups", None)

@@ -101,6 +101,7 @@ class _Captured:
                 self.flat[dtype] = flat
         self.grad_hidden = grads[-1] if hidden.requires_grad else None
         self.out = out.detach()
+        self.offloaded = text.memory.part_with_inputs()  # host memory that the graphs copy to
 
     def gradients(self) -> list[Tensor | None]:
         """The parameters' gradients of the backward that just ran, in memory of their own."""
@@ -150,6 +151,33 @@ class _Replay(torch.autograd.Function):
         return None, None if hidden is None else hidden.clone(), None, *captured.gradients()
 
 
+class _Watch:
+    """Sees in eager steps who waits for whom.
+
+    An event is recorded when four fifths of the layers are launched. Where the card has passed it
+    by the time the host has launched the rest, the card has been waiting for the host.
+    """
+
+    def __init__(self) -> None:
+        self.host_bound = True
+        """of the last eager forward"""
+        self._at = self._last = 0
+        self._event: torch.cuda.Event | None = None
+
+    def begin(self, layers: int) -> None:
+        """A forward through so many layers starts; none to look away from it."""
+        self._at, self._last, self._event = layers * 4 // 5, layers - 1, None
+
+    def pass_layer(self, index: int) -> None:
+        """Layer ``index`` is about to be launched."""
+        if 0 < index == self._at < self._last:
+            self._event = torch.cuda.Event()
+            self._event.record()
+        elif index == self._last and self._event is not None:
+            self.host_bound = self._event.query()
+            self._event = None
+
+
 class StackGraphs:
     """One text model's: decides at its first layer whether a forward is replayed."""
 
@@ -160,6 +188,7 @@ class StackGraphs:
         self._key: Any = None
         self._seen = self._captures = 0
         self._captured: _Captured | None = None
+        self._watch = _Watch()
         self._serving = self._inside = False
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -174,11 +203,9 @@ class StackGraphs:
         if self._inside:
             return None
         if layer.layer_idx:
-            if self._serving and layer.layer_idx == len(self._text().layers) - 1:
-                self._serving = False
-                return hidden
-            return hidden if self._serving else None
+            return self._serve_another(layer.layer_idx, hidden)
         self._serving = False
+        self._watch.begin(0)
         if self.off or not (hidden.is_cuda and layer.training and torch.is_grad_enabled()):
             return None
         text = self._text()
@@ -187,9 +214,13 @@ class StackGraphs:
             return None
         key = self._key_of(text, hidden, rest)
         if key != self._key:
-            self._key, self._seen, self._captured = key, 0, None
+            self.drop()
+            self._key = key
         self._seen += 1
-        if self._seen <= STEADY or not text.memory.graphs_fit(hidden):
+        if self._seen <= STEADY or not text.memory.graphs_fit(
+            hidden, host_bound=self._watch.host_bound
+        ):
+            self._watch.begin(len(text.layers))
             return None
         if self._captured is None and not self._capture(text, hidden, rest):
             return None
@@ -198,9 +229,17 @@ class StackGraphs:
         self._serving = len(text.layers) > 1
         return _Replay.apply(captured, hidden, rest, *captured.parameters)
 
+    def _serve_another(self, index: int, hidden: Tensor) -> Tensor | None:
+        if not self._serving:
+            self._watch.pass_layer(index)
+            return None
+        self._serving = index < len(self._text().layers) - 1
+        return hidden
+
     def _turn_off(self, reason: str) -> None:
         """Capture no more in this run, and say so once."""
         self.off = reason
+        self._text().memory.give_up_graphs()
         warnings.warn(
             f"gemma_accel runs the layers one by one from here on, without CUDA graphs: {reason}",
             UserWarning,
@@ -209,6 +248,9 @@ class StackGraphs:
 
     def drop(self) -> None:
         """Give the graphs' memory back."""
+        if self._captured is not None:
+            # the last replay may still be running, on memory that goes with its owner
+            torch.cuda.synchronize()
         self._captured, self._key, self._seen = None, None, 0
 
     # -- what may be replayed --
@@ -293,6 +335,7 @@ class StackGraphs:
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self._turn_off(f"capturing failed: {str(error).splitlines()[0]}")
             self._captured = None
+            text.memory.part_with_inputs()  # in whatever state the capture left it
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize()
             torch.cuda.empty_cache()

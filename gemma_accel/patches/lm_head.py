@@ -24,7 +24,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from gemma_accel.hookspecs import Patch
 from gemma_accel.patches.seams import Undoing
 
-__all__ = ["FULL_LOGITS", "lm_head_patch"]
+__all__ = ["FULL_LOGITS", "lm_head_patch", "set_head_tile"]
 
 FULL_LOGITS = "_gemma_accel_full_logits"
 """Set on the model where a trainer's own loss reads the logits: then they are computed as stock
@@ -94,6 +94,14 @@ def _head_runs_on(device: str) -> bool:
     from trl.kernels import chunked_logprob
 
     return device == "cpu" and hasattr(chunked_logprob, "_forward_tile")
+
+
+def set_head_tile(tokens: int) -> None:
+    """Have TRL's chunked head take ``tokens`` rows of hidden states at a time, in this process."""
+    from trl.kernels import chunked_logprob
+
+    if hasattr(chunked_logprob, "TOKEN_CHUNK_SIZE"):
+        chunked_logprob.TOKEN_CHUNK_SIZE = tokens
 
 
 @functools.cache

@@ -30,13 +30,7 @@ class _Slot:
         self.host: Tensor | None = owner.take(tensor.nbytes)
         self.copy: Tensor | None = None
         self.arrived: torch.cuda.Event | None = None
-        stream = owner.stream(tensor.device)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(stream):
-            self._view().copy_(tensor, non_blocking=True)
-        tensor.record_stream(
-            stream
-        )  # its memory is not handed out again before the copy is through
+        owner.send(tensor, self._view())
 
     def _view(self) -> Tensor:
         assert self.host is not None
@@ -48,13 +42,16 @@ class _Slot:
             return
         self.copy = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         stream = self.owner.stream(self.device)
-        stream.wait_stream(
-            torch.cuda.current_stream(self.device)
-        )  # the new tensor's memory may still be in use there
+        # the new tensor's memory may still be in use there
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.copy.copy_(self._view(), non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record(stream)
+        if not torch.cuda.is_current_stream_capturing():
+            # a step that dies before it waits for the copy must not leave it writing into memory
+            # that is somebody else's by then
+            self.copy.record_stream(stream)
         self.owner.give(
             self.host
         )  # the next write into it runs on the same stream, after this read
@@ -64,9 +61,7 @@ class _Slot:
         """The input, back on the device; the layer below starts to come back too."""
         self.fetch()
         assert self.copy is not None and self.arrived is not None
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(self.arrived)
-        self.copy.record_stream(current)
+        torch.cuda.current_stream(self.device).wait_event(self.arrived)
         if self.below is not None:
             self.below.fetch()
         self.below = None
@@ -74,12 +69,18 @@ class _Slot:
 
 
 class OffloadedInputs:
-    """Runs checkpointed layers with their inputs away. Host buffers are kept for the next step."""
+    """Runs checkpointed layers with their inputs away. Host buffers are kept for the next step.
+
+    Everything here can be captured in a CUDA graph: an input that is on its way is held until the
+    compute stream has waited for the copy (`record_stream` would hold it until the capture ends),
+    and host buffers are there from the steps before.
+    """
 
     def __init__(self) -> None:
         self._free: dict[int, list[Tensor]] = defaultdict(list)
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._last: _Slot | None = None
+        self._leaving: tuple[Tensor, torch.cuda.Event] | None = None
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         if device not in self._streams:
@@ -92,6 +93,24 @@ class OffloadedInputs:
 
     def give(self, host: Tensor) -> None:
         self._free[host.nbytes].append(host)
+
+    def send(self, tensor: Tensor, host: Tensor) -> None:
+        """Start to copy ``tensor`` out; it is let go of at the next input's turn, a layer on."""
+        stream = self.stream(tensor.device)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            host.copy_(tensor, non_blocking=True)
+            sent = torch.cuda.Event()
+            sent.record(stream)
+        self.settle()
+        self._leaving = tensor, sent
+
+    def settle(self) -> None:
+        """Let go of the input that is on its way out, once the copy is through."""
+        if self._leaving is not None:
+            tensor, sent = self._leaving
+            torch.cuda.current_stream(tensor.device).wait_event(sent)
+            self._leaving = None
 
     def run(
         self,

@@ -13,8 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 import gemma_accel
 from gemma_accel.memory import (
+    HEAD_TILE,
+    Arrangement,
     Mode,
     choose_modes,
+    head_tile,
     kept_bytes,
     layer_shapes,
     loss_bytes,
@@ -37,8 +40,7 @@ def text(model):
 
 
 def force(model, modes):
-    policy = text(model).memory
-    policy.modes = lambda hidden: modes
+    text(model).memory.forced = Arrangement(modes, graphed=False, head_tile=HEAD_TILE)
 
 
 def gradients(peft, inputs):
@@ -199,6 +201,34 @@ def test_a_layer_keeps_the_bytes_that_the_arithmetic_says(device, mode):
             sum(own.values()),
             expected,
         )
+
+
+class TestHeadTile:
+    def test_the_lm_head_takes_fewer_tokens_at_a_time_and_trl_gets_its_own_back(self):
+        from trl.kernels import chunked_logprob
+
+        from gemma_accel.patching import report_of
+
+        model, peft = adapted()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = {}
+        for tile in (HEAD_TILE, 8):
+            text(model).memory.forced = Arrangement([Mode.RECOMPUTE] * 5, False, tile)
+            found[tile] = gradients(peft, batch())
+            assert chunked_logprob.TOKEN_CHUNK_SIZE == tile
+        assert found[8][0] == pytest.approx(found[HEAD_TILE][0], rel=1e-6)
+        for name, expected in found[HEAD_TILE][1].items():
+            assert relative(found[8][1][name], expected) < 1e-5, name
+        report_of(model).restore()
+        assert chunked_logprob.TOKEN_CHUNK_SIZE == HEAD_TILE
+
+    def test_no_more_than_a_quarter_is_for_the_loss_where_that_can_be(self):
+        for available in (1 << 40, 2 << 30, 1 << 30, 1 << 29, 0):
+            tile = head_tile(4096, 1536, 262144, available)
+            assert 1024 <= tile <= HEAD_TILE
+            if tile > 1024:
+                assert loss_bytes(4096, 1536, 262144, tile) <= available / 4
+        assert head_tile(4096, 1536, 262144, 1 << 40) == HEAD_TILE
 
 
 class TestChoice:

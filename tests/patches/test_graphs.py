@@ -5,13 +5,15 @@ between two steps.
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 import gemma_accel
-from gemma_accel.patches.graphs import CAPTURES, STEADY
+from gemma_accel.memory import HEAD_TILE, Arrangement, Mode
+from gemma_accel.patches.graphs import CAPTURES, STEADY, _Watch
 from tests.tiny import LANGUAGE, batch, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -33,25 +35,30 @@ def text(peft):
     return peft.get_base_model().model.language_model
 
 
-@pytest.fixture(params=[False, True], ids=["kept", "recomputed"])
+MODES = {
+    "kept": None,
+    "recomputed": [Mode.RECOMPUTE, Mode.KEEP, Mode.RECOMPUTE_MLP, Mode.RECOMPUTE, Mode.KEEP],
+    "offloaded": [Mode.OFFLOAD, Mode.OFFLOAD, Mode.RECOMPUTE, Mode.OFFLOAD, Mode.OFFLOAD],
+    "in tiles": [
+        Mode.OFFLOAD_TILED,
+        Mode.TIGHT,
+        Mode.RECOMPUTE_TILED,
+        Mode.TIGHT,
+        Mode.OFFLOAD_TILED,
+    ],
+}
+
+
+@pytest.fixture(params=MODES)
 def pair(request):
     """Two models of the same weights: one that may capture, one that never does."""
-    eager, graphed = adapted(request.param), adapted(request.param)
+    modes = MODES[request.param]
+    eager, graphed = adapted(modes is not None), adapted(modes is not None)
     for layer in text(eager).layers:
         layer.graphs = None
-    if request.param:
-        from gemma_accel.memory import Mode
-
+    if modes is not None:
         for peft in (eager, graphed):
-            policy = text(peft).memory
-            policy.modes = lambda hidden: [
-                Mode.RECOMPUTE,
-                Mode.KEEP,
-                Mode.RECOMPUTE_MLP,
-                Mode.RECOMPUTE,
-                Mode.KEEP,
-            ]
-            policy.graphs_fit = lambda hidden: True
+            text(peft).memory.forced = Arrangement(modes, graphed=True, head_tile=HEAD_TILE)
     return eager, graphed
 
 
@@ -172,3 +179,69 @@ def test_a_deep_copy_captures_for_itself(pair):
             if parameter.requires_grad:
                 parameter.zero_()
     assert step(twin, 1)[0] != pytest.approx(step(pair[1], 1)[0])
+
+
+def test_offloaded_inputs_leave_the_gpu_under_capture_too():
+    """What the graphs hold is what the allocator has gained by the capture."""
+    held = {}
+    for mode in (Mode.RECOMPUTE, Mode.OFFLOAD):
+        peft = adapted(hidden_size=256)
+        text(peft).memory.forced = Arrangement([mode] * 5, graphed=True, head_tile=HEAD_TILE)
+        for seed in range(STEADY):
+            step(peft, seed, (400, 400))
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        step(peft, STEADY, (400, 400))
+        assert captured(peft) is not None
+        torch.cuda.empty_cache()
+        held[mode] = torch.cuda.memory_reserved() - before
+        del peft
+        gc.collect()
+    assert held[Mode.OFFLOAD] < held[Mode.RECOMPUTE], held
+
+
+def test_an_eager_step_between_a_captured_forward_and_its_backward_has_buffers_of_its_own(pair):
+    warm(pair)
+    results = []
+    for peft in pair:
+        peft.zero_grad()
+        first = peft(**{k: v.cuda() for k, v in batch((24, 24), seed=40).items()}, use_cache=False)
+        peft(
+            **{k: v.cuda() for k, v in batch((24, 24), seed=41).items()}, use_cache=False
+        ).loss.backward()
+        peft.zero_grad()
+        first.loss.backward()
+        named = peft.named_parameters()
+        results.append(
+            (first.loss.item(), {n: p.grad.clone() for n, p in named if p.grad is not None})
+        )
+    same(*results)
+
+
+class TestWhoWaits:
+    """Layers are cut into tiles for the sake of graphs only where the host is the slower one."""
+
+    def test_a_card_that_is_done_before_the_host_is_seen(self):
+        watch = _Watch()
+        watch.begin(5)
+        watch.pass_layer(4)  # the event's layer is the last: nothing to tell by
+        assert watch.host_bound
+        watch.begin(10)
+        for index in range(1, 9):
+            watch.pass_layer(index)
+        torch.cuda.synchronize()
+        watch.pass_layer(9)
+        assert watch.host_bound
+
+    def test_a_card_that_is_behind_is_seen(self):
+        watch = _Watch()
+        watch.begin(10)
+        torch.cuda._sleep(int(2e9))  # a second or so
+        for index in range(1, 10):
+            watch.pass_layer(index)
+        assert not watch.host_bound
+        watch.begin(0)  # and a forward that is none of its own changes nothing
+        for index in range(1, 10):
+            watch.pass_layer(index)
+        assert not watch.host_bound
+        torch.cuda.synchronize()

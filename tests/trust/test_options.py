@@ -27,7 +27,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 import gemma_accel
-from gemma_accel.memory import Mode
+from gemma_accel.memory import HEAD_TILE, Arrangement, Mode
 from gemma_accel.models import base_model, text_model
 from tests.test_callback import Grab, collate, tokenizer
 from tests.tiny import LANGUAGE, tiny_model
@@ -263,7 +263,9 @@ def gradient(checkpoint, adapter, weights, training, *, applied, dtype=None):
     trainer, grab = build(training, model)
     if applied and trainer.args.gradient_checkpointing:
         policy = text_model(base_model(model)).memory
-        policy.modes = lambda *_: [Mode.OFFLOAD, Mode.RECOMPUTE, Mode.KEEP]
+        policy.forced = Arrangement(
+            [Mode.OFFLOAD, Mode.RECOMPUTE, Mode.KEEP], graphed=False, head_tile=HEAD_TILE
+        )
     torch.manual_seed(3)
     trainer.train()
     return {n: g.double() for n, g in grab.gradient.items()}, report
