@@ -215,7 +215,7 @@ class TestHeadTile:
         for tile in (HEAD_TILE, 8):
             text(model).memory.forced = Arrangement([Mode.RECOMPUTE] * 5, False, tile)
             found[tile] = gradients(peft, batch())
-            assert chunked_logprob.TOKEN_CHUNK_SIZE == tile
+            assert tile == chunked_logprob.TOKEN_CHUNK_SIZE
         assert found[8][0] == pytest.approx(found[HEAD_TILE][0], rel=1e-6)
         for name, expected in found[HEAD_TILE][1].items():
             assert relative(found[8][1][name], expected) < 1e-5, name
