@@ -84,6 +84,10 @@ def head_groups(mode: Mode, heads: int) -> int:
     return min(heads, 4) if mode is Mode.TIGHT else 1
 
 
+WORKSPACES = 64 * 2**20
+"""cuBLAS's, one for the forward's thread and one for the backward's: 32 MiB each on Hopper (8 on
+other cards).
+"""
 HEAD_TILE = 4096
 """Tokens that TRL's chunked LM head takes at a time unless told otherwise."""
 
@@ -107,9 +111,9 @@ def loss_bytes(tokens: int, hidden: int, vocabulary: int, tile: int = HEAD_TILE)
 
 def graph_bytes(tokens: int, hidden: int, trained: int, itemsize: int = 2) -> int:
     """What CUDA graphs of the stack hold besides its activations: its input, its output, their
-    gradients, and those of the ``trained`` bytes of parameters.
+    gradients, those of the ``trained`` bytes of parameters, and cuBLAS's workspaces.
     """
-    return 4 * tokens * hidden * itemsize + trained
+    return 4 * tokens * hidden * itemsize + trained + WORKSPACES
 
 
 @dataclass(frozen=True)

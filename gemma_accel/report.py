@@ -53,6 +53,7 @@ class Report:
     _checks: list[Callable[[], str | None]] = field(default_factory=list, repr=False)
     _plan: Callable[..., Any] | None = field(default=None, repr=False)
     _cap: Callable[[], None] | None = field(default=None, repr=False)
+    _way_back: Any = field(default=None, repr=False)
 
     def note(self, topic: str, text: str) -> None:
         """Set down what happened to ``topic``; a later note on it replaces the earlier."""
@@ -76,15 +77,21 @@ class Report:
             )
         return self._plan(batch_size=batch_size, sequence_length=sequence_length)
 
-    def restore(self) -> None:
+    def restore(self, device: Any = None) -> None:
         """Give the stock model back: same classes, bitwise-same outputs. Twice is the same as once.
+
+        Args:
+            device: where the per-layer embedding table is to be if it is in host memory now. None:
+                a Parameter on the CPU where it was loaded from a checkpoint's file (the model
+                then runs once it is moved to one device), and else where it came from.
 
         Raises:
             RestoreError: somebody has wrapped a patched module since. Nothing is undone then.
         """
         from gemma_accel.errors import RestoreError
 
-        obstacles = [reason for check in self._checks if (reason := check())]
+        checks = [*self._checks, *([self._way_back.obstacle] if self._way_back else ())]
+        obstacles = [reason for check in checks if (reason := check())]
         if obstacles:
             raise RestoreError(
                 "cannot restore, nothing was changed: "
@@ -96,6 +103,9 @@ class Report:
             self._undos.pop()()
         self._checks.clear()
         self._plan = None
+        if self._way_back is not None:
+            self._way_back(device)
+            self._way_back = None
 
     def _uncap(self) -> None:
         """Give the allocator its own limit back, if it was held to another."""

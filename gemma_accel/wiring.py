@@ -50,9 +50,40 @@ def on_applied(
     report._undos.append(report._uncap)
     report._undos.append(guards.guard_model(base, report))
     live_in(base, report, budget, capped=capped)
+    report._way_back = _WayBack(base)
     text = text_model(base)
     if hasattr(model, "peft_config") and isinstance(text, FusedGemma4TextModel):
         report.note("per-layer table", settle_table(text, model_device(base)))
+
+
+class _WayBack:
+    """For what left the GPU: the table (`Report.restore` says where to) and the towers."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self._base = weakref.ref(base)
+
+    def obstacle(self) -> str | None:
+        """Why the table cannot be had back from its file, if so."""
+        from gemma_accel.hostmemory import StaleFileError
+        from gemma_accel.patches.per_layer import HostPerLayerEmbedding
+
+        base = self._base()
+        for module in base.modules() if base is not None else ():
+            if isinstance(module, HostPerLayerEmbedding) and module.host is not None:
+                try:
+                    module.host.check()
+                except StaleFileError as error:
+                    return str(error).rstrip(".")
+        return None
+
+    def __call__(self, device: Any) -> None:
+        from gemma_accel.patches.per_layer import bring_table_back
+        from gemma_accel.patches.towers import bring_towers_back
+
+        if (base := self._base()) is not None:
+            text: Any = text_model(base)
+            bring_table_back(text, None if device is None else torch.device(device))
+            bring_towers_back(base, text.embed_tokens.weight.device)
 
 
 def live_in(base: nn.Module, report: Report, budget: float | None, *, capped: bool) -> None:

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+import gemma_accel
+from gemma_accel.errors import RestoreError
 from gemma_accel.hostmemory import FileSlice, HostTable, StaleFileError
 from gemma_accel.loading import find_tensor, install_load_path
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
+from gemma_accel.patches.seams import Fused
 from tests.tiny import batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("references")
@@ -57,6 +60,25 @@ class TestLoading:
         assert type(table_of(model)) is HostPerLayerEmbedding
         assert isinstance(table_of(model).host.source, FileSlice)
         assert torch.equal(logits(model), expected)
+
+    def test_restore_makes_the_table_a_parameter_again(self, checkpoint, load_path):
+        model = stock(checkpoint)
+        expected = logits(model)
+        report = gemma_accel.apply(model)
+        report.restore()
+        assert not [m for m in model.modules() if isinstance(m, Fused)]
+        assert isinstance(table_of(model).weight, torch.nn.Parameter)
+        (checkpoint / "model.safetensors").unlink()  # it is the model's own now
+        assert torch.equal(logits(model), expected)
+
+    def test_restore_refuses_where_the_tables_file_has_changed(self, checkpoint, load_path):
+        model = stock(checkpoint)
+        report = gemma_accel.apply(model)
+        classes = [type(m) for m in model.modules()]
+        (checkpoint / "model.safetensors").touch()
+        with pytest.raises(RestoreError, match="model.safetensors was written to"):
+            report.restore()
+        assert [type(m) for m in model.modules()] == classes
 
     def test_undo_brings_the_stock_path_back(self, checkpoint):
         install_load_path()()

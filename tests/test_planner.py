@@ -414,7 +414,7 @@ def test_evaluation_stands_beside_training():
 
 
 def test_components_add_up():
-    made = make()
+    made = make(vram_gib=7.0)
     gpu = {name: size for name, size in made.components.items() if "(host)" not in name}
     assert made.peak_gib == pytest.approx(sum(gpu.values()))
     wanted = {"text linears", "embedding", "adapters", "gradients", "optimizer state"}

@@ -196,6 +196,16 @@ class TestTowers:
         tower(pixels, where)
         assert tower._gemma_accel_parked is None and "_apply" not in vars(tower)
 
+    def test_restore_brings_them_back(self, tmp_path, tokenizer):
+        model = tiny_model("conditional")
+        report = gemma_accel.apply(model)
+        sft(model, tmp_path, tokenizer)
+        tower = model.model.vision_tower
+        assert tower._gemma_accel_parked is not None
+        report.restore()
+        assert tower._gemma_accel_parked is None
+        assert "_apply" not in vars(tower) and not tower._forward_pre_hooks
+
     def test_only_the_tower_that_has_media_stays(self, tmp_path):
         model = tiny_model("conditional")
         report = gemma_accel.apply(model)

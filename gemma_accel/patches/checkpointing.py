@@ -29,6 +29,7 @@ from gemma_accel.memory import (
     between_layers_bytes,
     head_groups,
     layer_shapes,
+    loss_bytes,
     mlp_schedule,
 )
 from gemma_accel.patches.graphs import StackGraphs
@@ -56,7 +57,7 @@ class MemoryPolicy:
         self.shapes = layer_shapes(text.config)
         self.vocabulary = text.config.vocab_size
         self.budget: int | None = None
-        self.fixed = self.trained = 0
+        self.fixed = self.trained = self.withheld = 0
         self.captures = False  # whether the `cuda_graphs` patch is there
         self.tell: Callable[[str], None] | None = None  # hears what was chosen, in words
         self.chosen: dict[tuple[int, ...], Arrangement] = {}
@@ -101,7 +102,7 @@ class MemoryPolicy:
             batch * length,
             int(self.budget * (1 - SLACK)) - max(self.fixed + passing, held),
             self.vocabulary,
-            self.trained if captures else None,
+            self.trained + self.withheld if captures else None,
             itemsize,
         )
         if self.tell is not None:
@@ -119,6 +120,20 @@ class MemoryPolicy:
             self._choose(hidden, captures=False)
             return False
         return chosen.graphed
+
+    def withhold(self, nbytes: int) -> None:
+        """Choose anew, with so much less for graphs: they turned out to take more than reckoned."""
+        self.withheld += nbytes
+        self.chosen.clear()
+
+    def shortfall(self, hidden: Tensor) -> int:
+        """By how many bytes the loss does not fit beside what is held now, graphs included."""
+        assert self.budget is not None
+        tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
+        tile = self.arrangement(hidden).head_tile
+        loss = loss_bytes(tokens, width, self.vocabulary, tile)
+        held = torch.cuda.memory_reserved(hidden.device)
+        return held + loss + self.trained - self.budget
 
     def part_with_inputs(self) -> OffloadedInputs:
         """The host buffers, for graphs that were just captured with them; the next eager step makes

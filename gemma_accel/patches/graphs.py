@@ -18,7 +18,7 @@ import contextlib
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from gemma_accel.patches.projections import as_projection
 __all__ = ["StackGraphs"]
 
 STEADY = 3  # steps of one shape, one after the other, before it is worth capturing
+_CONTEXT = ("per_layer_model_projection", "per_layer_projection_norm")
 CAPTURES = 4  # where shapes keep changing, capturing them all would cost more than it saves
 
 
@@ -43,20 +44,19 @@ class _Captured:
     """One shape's graphs and the fixed tensors they read and write."""
 
     def __init__(
-        self, graphs: StackGraphs, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]
+        self,
+        graphs: StackGraphs,
+        text: Any,
+        hidden: Tensor,
+        rest: tuple[Tensor | None, ...],
+        parameters: dict[nn.Parameter, nn.Parameter],
     ) -> None:
-        self.parameters = [p for p in text.layers.parameters() if p.requires_grad] + [
-            p
-            for name in ("per_layer_model_projection", "per_layer_projection_norm")
-            if hasattr(text, name)
-            for p in getattr(text, name).parameters()
-            if p.requires_grad
-        ]
+        self.parameters = list(parameters)
         self.hidden = hidden.detach().clone().requires_grad_(hidden.requires_grad)
         self.rest = tuple(None if t is None else t.clone() for t in rest)
         self.waiting: Any = None
-        device = hidden.device
-        wanted = [*self.parameters, *([self.hidden] if hidden.requires_grad else [])]
+        device, aside = hidden.device, graphs.stream(hidden.device)
+        wanted = [*parameters.values(), *([self.hidden] if hidden.requires_grad else [])]
 
         def forward() -> Tensor:
             return graphs.eager(text, self.hidden, *self.rest)
@@ -64,10 +64,9 @@ class _Captured:
         def backward(out: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
             return torch.autograd.grad(out, wanted, grad, allow_unused=True)
 
-        # once on a stream of its own, as capturing wants it: libraries make their handles and
-        # workspaces. Memory is cached a stream: what the steps until now left behind goes first
-        torch.cuda.empty_cache()
-        aside = torch.cuda.Stream(device)
+        # once on a stream of its own, as capturing wants it: libraries make their handles there.
+        # Memory is cached a stream: what the steps until now left behind goes first
+        _empty()
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
             out = forward()
@@ -75,14 +74,16 @@ class _Captured:
             del out
         torch.cuda.current_stream(device).wait_stream(aside)
         torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
+        _empty()
 
-        pool = torch.cuda.graph_pool_handle()
+        how: dict[str, Any] = dict(
+            pool=torch.cuda.graph_pool_handle(), stream=aside, capture_error_mode="thread_local"
+        )
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.forward_graph, **how):
             out = forward()
         self.grad_out = torch.empty_like(out)
-        with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.backward_graph, **how):
             grads = backward(out, self.grad_out)
             of_parameters = grads[: len(self.parameters)]
             self.shapes = [
@@ -118,6 +119,40 @@ class _Captured:
             if shape is not None and p.dtype is dtype
         ]
         return flat.split(sizes)
+
+
+def _empty() -> None:
+    """Give cached memory back, cuBLAS's workspaces too: they are made anew where they are needed,
+    within a capture in the graphs' own memory.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _fresh(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
+    """In place of the modules' trained parameters, others that share their memory; by the former.
+
+    Autograd ties a parameter to the stream it was first used on for as long as anything of that
+    graph is alive (a loss that a training loop keeps, say), and a capture that meets another stream
+    fails.
+    """
+    fresh: dict[nn.Parameter, nn.Parameter] = {}
+    places = [
+        (module._parameters, name, parameter)
+        for module in modules
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    try:
+        for owner, name, parameter in places:
+            if parameter not in fresh:
+                fresh[parameter] = nn.Parameter(parameter.detach())
+            owner[name] = fresh[parameter]
+        yield fresh
+    finally:
+        for owner, name, parameter in places:
+            owner[name] = parameter
 
 
 class _Replay(torch.autograd.Function):
@@ -189,6 +224,7 @@ class StackGraphs:
         self._seen = self._captures = 0
         self._captured: _Captured | None = None
         self._watch = _Watch()
+        self._stream: torch.cuda.Stream | None = None
         self._serving = self._inside = False
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -248,10 +284,18 @@ class StackGraphs:
 
     def drop(self) -> None:
         """Give the graphs' memory back."""
-        if self._captured is not None:
+        had, self._captured, self._key, self._seen = self._captured, None, None, 0
+        if had is not None:
             # the last replay may still be running, on memory that goes with its owner
             torch.cuda.synchronize()
-        self._captured, self._key, self._seen = None, None, 0
+            del had
+            _empty()
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The stream that captures run on: one, for libraries keep workspaces a stream."""
+        if self._stream is None or self._stream.device != device:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
 
     # -- what may be replayed --
 
@@ -314,7 +358,9 @@ class StackGraphs:
 
     def _capture(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> bool:
         if self._captures >= CAPTURES:
-            self._turn_off(f"the batches' shape changed {CAPTURES} times")
+            self._turn_off(
+                f"the batches' shape changed, or the memory was too little, {CAPTURES} times"
+            )
             return False
         if any(isinstance(linear, str) for linear in self._key[5]) or any(
             _has_hooks(layer) for layer in text.layers
@@ -330,19 +376,28 @@ class StackGraphs:
         gc.collect()
         gc.disable()
         try:
-            with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
-                self._captured = _Captured(self, text, hidden, rest)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            self._turn_off(f"capturing failed: {str(error).splitlines()[0]}")
+            with (
+                torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
+                _fresh(_captured_modules(text)) as parameters,
+            ):
+                self._captured = _Captured(self, text, hidden, rest, parameters)
+        except RuntimeError as error:
             self._captured = None
+            if _is_out_of_memory(error):
+                text.memory.withhold(text.memory.budget // 16)
+            else:
+                self._turn_off(f"capturing failed: {str(error).splitlines()[0]}")
             text.memory.part_with_inputs()  # in whatever state the capture left it
             with contextlib.suppress(RuntimeError):
                 torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+            _empty()
         finally:
             self._inside = False
             if collecting:
                 gc.enable()
+        if self._captured is not None and (short := text.memory.shortfall(hidden)) > 0:
+            self.drop()
+            text.memory.withhold(short)
         return self._captured is not None
 
     def eager(
@@ -377,6 +432,20 @@ class StackGraphs:
                 position_ids=position_ids,
             )
         return hidden
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is what it began with: the end of a capture fails too, then."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
+
+
+def _captured_modules(text: Any) -> Iterator[nn.Module]:
+    """All whose forward a capture holds."""
+    for owner in (text.layers, *(getattr(text, name, None) for name in _CONTEXT)):
+        if owner is not None:
+            yield from owner.modules()
 
 
 def _identity(linear: nn.Module) -> Any:

@@ -38,6 +38,7 @@ __all__ = [
     "LayerInput",
     "PerLayerInputs",
     "per_layer_patch",
+    "bring_table_back",
     "settle_table",
 ]
 
@@ -332,6 +333,19 @@ def settle_table(model: Gemma4TextModel, device: torch.device) -> str:
             return f"frozen: read from {where}"
         return f"frozen: in {where}, way {host.way!r} ({host.why})"
     return f"frozen: on {original.weight.device}"
+
+
+def bring_table_back(model: Gemma4TextModel, device: torch.device | None) -> None:
+    """A table in host memory becomes a stock Parameter again, on ``device``.
+
+    None: on the CPU where it was loaded from a file, else where the model's embedding is.
+    """
+    for table in [m for m in model.modules() if isinstance(m, HostPerLayerEmbedding)]:
+        if table.host is None:  # a checkpoint is being loaded
+            continue
+        from_file = isinstance(table.host.source, FileSlice)
+        home = torch.device("cpu") if from_file else model.embed_tokens.weight.device
+        _bring_back(table, device or home)
 
 
 def _bring_back(table: Any, device: torch.device) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["settle_towers"]
+__all__ = ["bring_towers_back", "settle_towers"]
 
 _TOWERS = {
     "vision_tower": "image",
@@ -95,6 +95,18 @@ def _stay(tower: Any, fn: Any, recurse: bool = True) -> nn.Module:
 
 def _unpark(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+    _bring_back(tower, device)
+
+
+def bring_towers_back(base: nn.Module, device: torch.device) -> None:
+    """Parked towers to ``device``, as ordinary modules."""
+    for name in _TOWERS:
+        tower = getattr(base.model, name, None)
+        if getattr(tower, "_gemma_accel_parked", None) is not None:
+            _bring_back(tower, device)
+
+
+def _bring_back(tower: Any, device: torch.device) -> None:
     stay = vars(tower).pop("_apply")
     try:
         tower.to(device)

@@ -309,18 +309,22 @@ def test_between_steps_on_a_gpu_with_graphs():
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
         prompt = {k: v.cuda() for k, v in batch((9, 5), side="left").items() if k != "labels"}
         losses = []
+        alive = []  # a loop that keeps its losses, and all that hangs on them
         for step in range(8):
             loss = model(**{k: v.cuda() for k, v in batch((16, 16), seed=step).items()}).loss
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
+            alive.append(loss)
             if disturbed:
                 model.eval()
                 with torch.no_grad():
                     model(**{k: v.cuda() for k, v in batch((16, 16), seed=99).items()})
                     model.generate(**prompt, max_new_tokens=4, do_sample=False)
                 model.train()
+        graphs = model.get_base_model().model.layers[0].graphs
+        assert graphs._captured is not None, graphs.off
         return losses
 
     assert one(True) == pytest.approx(one(False), rel=1e-4)
