@@ -284,12 +284,16 @@ class StackGraphs:
 
     def drop(self) -> None:
         """Give the graphs' memory back."""
-        had, self._captured, self._key, self._seen = self._captured, None, None, 0
-        if had is not None:
+        if self._captured is not None:
+            self._release()
+        self._key, self._seen = None, 0
+
+    def _release(self) -> None:
+        with contextlib.suppress(RuntimeError):
             # the last replay may still be running, on memory that goes with its owner
             torch.cuda.synchronize()
-            del had
-            _empty()
+        self._captured = None
+        _empty()
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream that captures run on: one, for libraries keep workspaces a stream."""
@@ -357,48 +361,58 @@ class StackGraphs:
         )
 
     def _capture(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> bool:
-        if self._captures >= CAPTURES:
-            self._turn_off(
-                f"the batches' shape changed, or the memory was too little, {CAPTURES} times"
-            )
-            return False
+        """Capture, again with less memory where it turns out to be too little; whether it is
+        done.
+        """
         if any(isinstance(linear, str) for linear in self._key[5]) or any(
             _has_hooks(layer) for layer in text.layers
         ):
             self._turn_off("a layer is watched by a hook, or is not read by the fused step")
             return False
-        self._captures += 1
-        self._inside = True
+        while text.memory.graphs_fit(hidden, host_bound=self._watch.host_bound):
+            if self._captures >= CAPTURES:
+                self._turn_off(
+                    f"the batches' shape changed, or the memory was too little, {CAPTURES} times"
+                )
+                return False
+            self._captures += 1
+            failed, short = "", text.memory.budget // 16
+            try:
+                self._captured = self._capture_once(text, hidden, rest)
+                short = text.memory.shortfall(hidden)
+            except RuntimeError as error:
+                text.memory.part_with_inputs()  # in whatever state the capture left it
+                if not _is_out_of_memory(error):
+                    failed = f"capturing failed: {str(error).splitlines()[0]}"
+            if short <= 0:
+                return True
+            self._release()
+            if failed:
+                self._turn_off(failed)
+                return False
+            text.memory.withhold(short)
+        return False
+
+    def _capture_once(
+        self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]
+    ) -> _Captured:
         enabled, dtype = self._key[4]
         # what the collector would free in the middle of a capture (another model's locked memory)
         # may not be freed there
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()
+        self._inside = True
         try:
             with (
                 torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
                 _fresh(_captured_modules(text)) as parameters,
             ):
-                self._captured = _Captured(self, text, hidden, rest, parameters)
-        except RuntimeError as error:
-            self._captured = None
-            if _is_out_of_memory(error):
-                text.memory.withhold(text.memory.budget // 16)
-            else:
-                self._turn_off(f"capturing failed: {str(error).splitlines()[0]}")
-            text.memory.part_with_inputs()  # in whatever state the capture left it
-            with contextlib.suppress(RuntimeError):
-                torch.cuda.synchronize()
-            _empty()
+                return _Captured(self, text, hidden, rest, parameters)
         finally:
             self._inside = False
             if collecting:
                 gc.enable()
-        if self._captured is not None and (short := text.memory.shortfall(hidden)) > 0:
-            self.drop()
-            text.memory.withhold(short)
-        return self._captured is not None
 
     def eager(
         self,

@@ -326,7 +326,7 @@ def test_real_shapes(dtype, monkeypatch):
     torch.manual_seed(3)
     grid = torch.stack(torch.meshgrid(torch.arange(60), torch.arange(42), indexing="xy"), -1)
     positions = grid.reshape(1, -1, 2).repeat(2, 1, 1)
-    positions[1, 2016:] = -1
+    positions[1, 33 * 60 :] = -1  # eleven rows of soft tokens
     images = {"pixel_values": torch.rand(2, 2520, 768), "image_position_ids": positions}
     images = {k: v.cuda() for k, v in images.items()}
 
