@@ -108,8 +108,7 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
             if cache is not None:
                 more = {"kwargs": kwargs} if CACHE == "cache" else {}
                 key, value = cache.update(key, value, self.layer_idx, **more)
-        if self.store_full_length_kv:
-            shared_kv_states[self.layer_type] = key, value
+        self._share((key, value), shared_kv_states)
 
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -148,9 +147,21 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
             rotary_pairs=rotary_pairs(self),
         )
         keys = key.transpose(1, 2), rms_norm(raw[-1], None, self.v_norm.eps).transpose(1, 2)
-        if self.store_full_length_kv:
-            shared_kv_states[self.layer_type] = keys
+        self._share(keys, shared_kv_states)
         return keys
+
+    def _share(self, keys: tuple[Tensor, Tensor], shared_kv_states: Any) -> None:
+        """Leave keys and values for the layers that reuse them, where this is one of the two that
+        do.
+
+        Not in a checkpoint's replay: what it computes hangs on all that it replays, which would
+        stay until the whole backward is through.
+        """
+        is_replay = (
+            self.training and torch.is_grad_enabled() and self.layer_type in shared_kv_states
+        )
+        if self.store_full_length_kv and not is_replay:
+            shared_kv_states[self.layer_type] = keys
 
     def _norms_are_stock(self) -> bool:
         """False once PEFT has wrapped a norm (`modules_to_save`, LN tuning): its own forward must

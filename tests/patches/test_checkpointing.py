@@ -125,6 +125,33 @@ def test_two_forwards_before_a_backward():
 
 
 @pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("mode", [Mode.RECOMPUTE, Mode.OFFLOAD_TILED, Mode.TIGHT])
+def test_a_replay_leaves_the_shared_keys_of_the_forward(mode, monkeypatch):
+    """Its own would hold all that it replays until the whole backward is through."""
+    from gemma_accel.patches import decoder
+
+    model, peft = adapted(num_kv_shared_layers=2)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    force(model, [mode] * 5)
+    seen = []
+    original = decoder.FusedGemma4TextAttention._share
+
+    def watch(self, keys, shared):
+        seen.append(shared)
+        original(self, keys, shared)
+
+    monkeypatch.setattr(decoder.FusedGemma4TextAttention, "_share", watch)
+    loss = peft(**batch()).loss
+    shared = seen[-1]
+    before = {kind: tuple(map(id, keys)) for kind, keys in shared.items()}
+    assert len(before) == 2 and len({id(one) for one in seen}) == 1
+    calls = len(seen)
+    loss.backward()
+    assert len(seen) > calls  # layers were replayed
+    assert {kind: tuple(map(id, keys)) for kind, keys in shared.items()} == before
+
+
+@pytest.mark.usefixtures("references")
 class TestBounds:
     def test_without_checkpointing_nothing_is_recomputed(self, executions):
         model, peft = adapted()
