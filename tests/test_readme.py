@@ -17,6 +17,9 @@ RESULTS = ROOT / "benchmarks/results"
 MEASURED = re.search(r"<!-- measured: (.+) -->\n(.*?)<!-- /measured -->", README, re.S)
 ATTENTION = re.search(r"<!-- attention: (.+) -->\n(.*?)<!-- /attention -->", README, re.S)
 
+MEDIA = re.search(r"<!-- media: (.+) -->\n(.*?)<!-- /media -->", README, re.S)
+MEDIA_WORKS = {"images": "two images of 280 soft tokens, 512 tokens of text"}
+
 
 def results(name: str) -> dict:
     return json.loads((RESULTS / name).read_text())
@@ -56,6 +59,28 @@ def test_the_table_of_steps_quotes_its_files():
         rows = results(name)["rows"]
         stock = next((row for row in rows if row["stack"] == "trl"), None)
         expected += [quoted(row, stock) for row in rows]
+    assert rows_of(table) == expected
+
+
+def test_the_table_of_media_quotes_its_file():
+    file, table = MEDIA.groups()
+    rows = results(file)["rows"]
+    stock = {row["work"]: row for row in rows if row["stack"] == "trl"}
+    expected = [
+        [
+            MEDIA_WORKS[row["work"]],
+            "TRL"
+            if row["stack"] == "trl"
+            else "gemma_accel, " + ("all of 7 GiB" if row["cap_gib"] else "no cap"),
+            f"{row['load_peak_gib']:.2f}",
+            f"{row['peak_reserved_gib']:.2f}",
+            f"{row['step_s']:.3f}",
+            f"{row['launches']:,}",
+            f"{row['gpu_busy_ms']:.0f}",
+            f"{stock[row['work']]['step_s'] / row['step_s']:.2f}",
+        ]
+        for row in rows
+    ]
     assert rows_of(table) == expected
 
 

@@ -140,6 +140,7 @@ class MemoryPolicy:
         its own.
         """
         mine, self._inputs = self._inputs, OffloadedInputs()
+        mine.let_go()
         return mine
 
     def summary(self) -> str:

@@ -112,6 +112,12 @@ class OffloadedInputs:
             torch.cuda.current_stream(tensor.device).wait_event(sent)
             self._leaving = None
 
+    def let_go(self) -> None:
+        """Of the last input that came by, which knows its owner: what refers to itself stays until
+        Python collects it, and locked memory with it.
+        """
+        self._last = self._leaving = None
+
     def run(
         self,
         stock: Callable[..., Any],
