@@ -8,7 +8,7 @@ out, and named on stdout. Backgrounds are transparent and text a grey that is as
 on GitHub's dark, so one file serves both. The same results give the same bytes.
 
 For each work one file is drawn, the one that has most stacks: stacks of one run can be compared. A
-stack that only another run of the same card has is drawn too, with an asterisk.
+stack, or a budget, that only another run of the same card has is drawn too, with an asterisk.
 """
 
 from __future__ import annotations
@@ -171,7 +171,9 @@ def works(results: Sequence[Results]) -> list[Work]:
             for label in sorted(_labels(file.of(name)) - have):
                 rows = [row for row in file.of(name) if row["label"] == label]
                 stack = rows[0]["stack"]
-                if stack not in stacks or file is files[-1]:
+                # a budget of its own, beside stock
+                budget = rows[0].get("vram_gib") and "trl" in _labels(file.of(name))
+                if stack not in stacks or budget or file is files[-1]:
                     work.entries.append(Entry(stack, label, rows, file, file is not files[-1]))
         work.entries.sort(key=lambda e: (list(STACKS).index(e.stack), -_limit(e), e.label))
         if work.entries:
@@ -435,23 +437,23 @@ def speed(shown: list[Work]) -> Any:
     for axes, work in zip(panels, shown, strict=True):
         axes.set_xlim(0, max(speeds) * 1.2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        stock = next((e for e in work.entries if e.stack == "trl" and not e.limited), None)
         for place, entry in enumerate(work.entries):
             if (rate := entry.tokens_per_second) is None:
                 axes.text(max(speeds) * 0.006, place, _failure(entry), va="center", style="italic")
                 continue
             axes.barh(place, rate, height=0.66, color=STACKS[entry.stack][1], alpha=0.85, lw=0)
             says = f" {rate:,.0f}"
-            if stock is not entry and (base := _comparable(stock, entry)):
+            if entry.stack != "trl" and (base := _stock_beside(entry, work.name)):
                 says += f"   ×{rate / base:.2f}"
             axes.text(rate, place, says, va="center", fontweight="bold")
     panels[-1].set_xlabel("tokens a second")
     return figure
 
 
-def _comparable(stock: Entry | None, entry: Entry) -> float | None:
-    """Stock's tokens a second, where it is of the same run."""
-    return stock.tokens_per_second if stock and stock.source is entry.source else None
+def _stock_beside(entry: Entry, work: str) -> float | None:
+    """Stock's tokens a second in the run that the entry is of."""
+    rows = [row for row in entry.source.of(work) if row["stack"] == "trl" and not row["cap_gib"]]
+    return Entry("trl", "trl", rows, entry.source).tokens_per_second if rows else None
 
 
 def length(shown: list[Work]) -> Any:

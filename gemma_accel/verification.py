@@ -3,7 +3,10 @@
 The model itself is the reference: a second one would not fit an 8 GB card. Its patches are taken
 out, a small batch runs stock, and then the patches come back one after the other, in the order in
 which `apply` installs them; after each the batch runs again. A patch after which something is off
-is named, taken out again, and the next is tried without it.
+is named, taken out again, and the next is tried without it. Layers do not depend on one another in
+these runs (see below), so of the text layers that are of one kind the first and the last are enough
+to try a patch on. With all patches in, every layer is looked at; only if something is off then are
+the patches tried again on all of them.
 
 *What is compared.* Two runs in bfloat16 drift apart layer by layer until a fault of a few per cent
 drowns, so a patched run is brought back on course at every layer: the stock run's hidden state is
@@ -48,7 +51,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from gemma_accel.budget import memory_budget
 from gemma_accel.errors import BudgetError, GemmaAccelError
 from gemma_accel.hookspecs import Patch, Undo
-from gemma_accel.memory import HEAD_TILE, Arrangement, Mode
+from gemma_accel.memory import HEAD_TILE, Arrangement, Mode, layer_shapes
 from gemma_accel.models import base_model, model_device, text_model
 from gemma_accel.patches.checkpointing import checkpointing_patch, graphs_patch
 from gemma_accel.patches.graphs import STEADY
@@ -106,7 +109,7 @@ class Row:
 
     Attributes:
         places: in how many modules it sits.
-        loss: relative difference of the loss, of a run left to itself.
+        loss: relative difference of the loss; with all patches in, of a run left to itself too.
         output: worst relative difference of a layer's or block's output, from stock's input.
         gradient: worst relative difference of a gradient, from stock's input and gradient.
         reason: why it failed or could not be tried, where the numbers do not say it.
@@ -288,12 +291,27 @@ class _Comparison:
         self.model, self.patches, self.stations = model, patches, _Stations(patches.base)
         self.probes, self.rtol = probes, rtol
         self.noise: dict[str, Tensor] = {}
+        self.spared = _spared(text_model(patches.base))
         self.trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
 
     def rows(self) -> list[Row]:
         self.patches.take_out()
         self._record()
         self._measure_noise()
+        rows = self._one_by_one()
+        if not all(row.ok for row in rows):
+            return rows
+        self.patches.put_back()
+        places = len(self.patches.places)
+        together = self._attempt(EVERYTHING, "", places, lambda: self._found(self.probes))
+        if together.ok or not self.spared:
+            return [*rows, together]
+        self.spared = []
+        self.patches.take_out()
+        rows = self._one_by_one()
+        return rows if not all(row.ok for row in rows) else [*rows, together]
+
+    def _one_by_one(self) -> list[Row]:
         rows = []
         bad: set[str] = set()
         for patch in self.patches.in_order():
@@ -301,10 +319,6 @@ class _Comparison:
             if not row.ok:
                 bad.add(patch.name)
             rows.append(row)
-        if not bad:
-            self.patches.put_back()
-            places = len(self.patches.places)
-            rows.append(self._attempt(EVERYTHING, "", places, lambda: self._found(self.probes)))
         return rows
 
     def _record(self) -> None:
@@ -346,7 +360,12 @@ class _Comparison:
 
         def find() -> dict[str, list[Measure]]:
             self.patches.put_in(patch)
-            found = self._found(probes, steady=patch is graphs_patch)
+            if patch is graphs_patch:
+                return self._found(probes)
+            found: dict[str, list[Measure]] = {sort: [] for sort in _SORTS}
+            with self.stations.spare(self.spared):
+                for probe in probes:
+                    self._compare(probe, "held", found)
             if patch is checkpointing_patch:
                 self._find_in_modes(probes, found)
             return found
@@ -367,11 +386,13 @@ class _Comparison:
         worst = [max(found[sort], key=_ratio, default=_NOTHING) for sort in _SORTS]
         return Row(name, modality, places, loss=worst[0], output=worst[1], gradient=worst[2])
 
-    def _found(self, probes: list[_Probe], *, steady: bool = True) -> dict[str, list[Measure]]:
-        """How the model as it is now compares. ``steady``: graphs are to have their part in it."""
+    def _found(self, probes: list[_Probe]) -> dict[str, list[Measure]]:
+        """How the model as it is now compares, left to itself too, and with graphs if it has
+        any.
+        """
         found: dict[str, list[Measure]] = {sort: [] for sort in _SORTS}
         layers: Any = text_model(self.patches.base).layers
-        steady = steady and any(getattr(layer, "graphs", None) is not None for layer in layers)
+        steady = any(getattr(layer, "graphs", None) is not None for layer in layers)
         for probe in probes:
             # before graphs are captured, which would run past the stations
             self._compare(probe, "held", found)
@@ -665,6 +686,42 @@ class _Stations:
         self._probe: _Probe | None = None
         self._mode, self._nudge = "free", 0
         self._seen: dict[str, Tensor] = {}
+        self._spared: re.Pattern[str] | None = None
+
+    @contextlib.contextmanager
+    def spare(self, layers: list[nn.Module]) -> Iterator[None]:
+        """These text layers hand on what they get, and are not looked at. Nor is what sums over
+        layers: the gradients of parameters in front of them, and those of keys and values that
+        several share.
+        """
+        if not layers:
+            yield
+            return
+        paths = {id(module): path for path, module in self.base.named_modules()}
+        every = list(text_model(self.base).layers)
+        parts = [rf"gradient of (?!.*_tower).*\.(?:{'|'.join(_IN_FRONT)})\."]
+        for layer in layers:
+            path, index = re.escape(paths[id(layer)]), every.index(layer)
+            # what a layer hands on is seen where the next one begins
+            after = re.escape(paths[id(every[index + 1])]) if index + 1 < len(every) else "norm"
+            parts += [rf"{path}\.", rf"gradient of {path}{_INPUT}$", rf"^{after}{_INPUT}$"]
+        for layer in every:
+            if getattr(layer.self_attn, "store_full_length_kv", False):
+                path = re.escape(paths[id(layer)])
+                behind = rf"{_INPUT}$|\.self_attn\.|\.input_layernorm\."
+                parts.append(rf"gradient of .*{path}(?:{behind})")
+        self._spared = re.compile("|".join(parts))
+        try:
+            for layer in layers:
+                vars(layer)["forward"] = _hand_on
+            yield
+        finally:
+            self._spared = None
+            for layer in layers:
+                vars(layer).pop("forward", None)
+
+    def _is_spared(self, key: str) -> bool:
+        return self._spared is not None and self._spared.search(key) is not None
 
     def _computes_in(self, dtype: Any) -> None:
         if dtype is not None:
@@ -682,7 +739,8 @@ class _Stations:
         assert self._probe is not None
         if self._mode == "held":
             for key in self._probe.tape:
-                if key.endswith(_INPUT) and key not in self._seen:
+                missed = key.endswith(_INPUT) and key not in self._seen
+                if missed and not self._is_spared(key):
                     self._seen[key] = _INFINITE
         return self._seen
 
@@ -729,7 +787,8 @@ class _Stations:
             self._record(key, x if hold else self._rows_of(x))
         elif self._mode == "held" and key in self._probe.tape:
             stock = self._probe.tape[key].to(x.device)
-            if key not in self._seen:  # a checkpointed layer comes by twice
+            # a checkpointed layer comes by twice
+            if key not in self._seen and not self._is_spared(key):
                 ours, theirs = (x, stock) if hold else (self._rows_of(x), stock)
                 if hold:
                     ours, theirs = self._tokens_of(ours), self._tokens_of(theirs)
@@ -751,7 +810,7 @@ class _Stations:
         assert self._probe is not None
         if self._mode == "record":
             self._record("loss", loss.double())
-        elif self._mode == "free":
+        else:
             self._compare("loss", loss.double(), self._probe.tape["loss"].to(loss.device))
 
     def gradients(self, trained: list[tuple[str, nn.Parameter]]) -> None:
@@ -762,6 +821,8 @@ class _Stations:
         for name, parameter in trained:
             key = f"gradient of {name}"
             gradient, stock = parameter.grad, tape.get(key)
+            if self._is_spared(key):
+                continue
             if self._mode == "record":
                 if gradient is not None:
                     self._record(key, _sampled(gradient))
@@ -803,6 +864,29 @@ class _Stations:
         generator = torch.Generator(x.device).manual_seed(zlib.crc32(key.encode()) + self._nudge)
         half = (torch.rand(x.shape, generator=generator, device=x.device) - 0.5) * self.unit
         return (x.float() * (1 + half)).to(x.dtype)
+
+
+_IN_FRONT = (
+    "embed_tokens",
+    "embed_tokens_per_layer",
+    "per_layer_model_projection",
+    "per_layer_projection_norm",
+)
+
+
+def _hand_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return hidden_states
+
+
+def _spared(text: Any) -> list[nn.Module]:
+    """The decoder layers that are neither the first nor the last of their kind."""
+    kinds: dict[Any, list[int]] = {}
+    for index, (layer, shape) in enumerate(
+        zip(text.layers, layer_shapes(text.config), strict=True)
+    ):
+        gives = getattr(layer.self_attn, "store_full_length_kv", False)
+        kinds.setdefault((shape, gives), []).append(index)
+    return [text.layers[index] for indices in kinds.values() for index in indices[1:-1]]
 
 
 def _sampled(gradient: Tensor) -> Tensor:
@@ -907,7 +991,7 @@ class _Patches:
     def take_out(self) -> None:
         """To the stock model: without what a trainer bound to it, too."""
         self._all_out()
-        self._bound = vars(self.base).pop("forward", None)
+        self._bound = vars(self.base).pop("forward", None) or self._bound
         for place in self.places:
             if place.patch.name in CORRECTIONS:
                 _in(place)

@@ -800,3 +800,60 @@ def test_the_command_exits_with_what_it_found(monkeypatch, capsys, faulty):
     assert exit.value.exit_code == int(faulty)
     told = json.loads(capsys.readouterr().out)
     assert told["guilty"] == (["decoder_layer"] if faulty else [])
+
+
+# --- layers of a kind ---------------------------------------------------------------------------
+
+# neither the first nor the last of their kind: 1 of the sliding layers with keys of their own (4
+# gives others its own, which is another kind), 7 and 9 of those without
+DEEP = dict(
+    num_hidden_layers=12,
+    layer_types=[
+        *["sliding_attention", "sliding_attention", "full_attention"] * 4,
+    ],
+    num_kv_shared_layers=6,
+)
+
+
+@references
+@pytest.mark.parametrize("lora", [False, True])
+def test_layers_of_a_kind_are_tried_once_and_all_of_them_together(monkeypatch, lora):
+    from gemma_accel.patches.decoder import FusedGemma4TextMLP
+
+    ran = []
+    original = FusedGemma4TextMLP.forward
+
+    def counted(self, x):
+        ran.append(next(i for i, layer in enumerate(layers) if layer.mlp is self))
+        return original(self, x)
+
+    monkeypatch.setattr(FusedGemma4TextMLP, "forward", counted)
+    model = small(patches=["geglu", "rms_norm"], lora=lora, **DEEP)
+    layers = text(model).layers
+    result = verify(model)
+    assert result.ok, str(result)
+    assert [row.patch for row in result.rows][-1] == EVERYTHING
+    counts = [ran.count(index) for index in range(12)]
+    kept = {index for index in range(12) if counts[index] > min(counts)}
+    assert set(range(12)) - kept == {1, 7, 9}
+    assert min(counts) > 0
+    assert not [layer for layer in layers if "forward" in vars(layer)]
+
+
+@references
+def test_a_fault_in_one_of_many_layers_of_a_kind_is_named_too(monkeypatch):
+    from gemma_accel.patches.decoder import FusedGemma4TextMLP
+
+    model = small(patches=["geglu", "rms_norm"], **DEEP)
+    target = text(model).layers[7].mlp
+    original = FusedGemma4TextMLP.forward
+    monkeypatch.setattr(
+        FusedGemma4TextMLP,
+        "forward",
+        lambda self, x: original(self, x) * (1.01 if self is target else 1.0),
+    )
+    result = verify(model)
+    assert result.guilty == ["geglu"], str(result)
+    assert "layers.7" in str(result)
+    monkeypatch.undo()
+    assert verify(model).ok
