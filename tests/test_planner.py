@@ -265,12 +265,16 @@ def test_layers_are_chosen_as_the_policy_chooses(vram_gib, graphs, monkeypatch):
         shape=(2, 2048, 1536), is_cuda=True, device="cuda", element_size=lambda: 2
     )
     choice = planner._choose(run, 2, 2048)
-    assert choice == policy.arrangement(on_a_gpu)
+    first = policy.arrangement(on_a_gpu)
+    for_graphs_alone = choice.graphed and choice.in_tiles
+    # tiles for graphs' sake are slower where the card is what one waits for: not before that shows
+    assert first == choice or (for_graphs_alone and not first.graphed)
     assert choice.graphed == policy.graphs_fit(on_a_gpu, host_bound=True)
+    assert policy.arrangement(on_a_gpu) == choice
     assert choice.graphed == (graphs and vram_gib > 2.4)
-    if choice.graphed and choice.in_tiles:  # which is slower where the card is what one waits for
-        assert not policy.graphs_fit(on_a_gpu, host_bound=False)
-        assert not policy.arrangement(on_a_gpu).graphed
+    policy.set_budget(policy.budget)
+    assert policy.graphs_fit(on_a_gpu, host_bound=False) == (choice.graphed != for_graphs_alone)
+    assert policy.arrangement(on_a_gpu) == first
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -61,25 +61,40 @@ class MemoryPolicy:
         self.captures = False  # whether the `cuda_graphs` patch is there
         self.tell: Callable[[str], None] | None = None  # hears what was chosen, in words
         self.chosen: dict[tuple[int, ...], Arrangement] = {}
+        self._in_tiles: dict[tuple[int, ...], Arrangement] = {}  # with graphs, if that pays
         self.forced: Arrangement | None = None  # to verify and to test by
         self._inputs = OffloadedInputs()
 
     def __deepcopy__(self, memo: Any) -> MemoryPolicy:
         twin = object.__new__(MemoryPolicy)
         twin.__dict__.update(
-            self.__dict__, chosen={}, captures=False, tell=None, _inputs=OffloadedInputs()
+            self.__dict__,
+            chosen={},
+            _in_tiles={},
+            captures=False,
+            tell=None,
+            _inputs=OffloadedInputs(),
         )
         return twin
 
     def set_budget(self, nbytes: int) -> None:
         """Live in ``nbytes`` from the next forward on."""
         self.budget = nbytes
-        self.chosen.clear()
+        self._choose_anew()
 
     def give_up_graphs(self) -> None:
-        """Choose anew, now that no layers will be captured any more."""
+        """No layers will be captured any more."""
         self.captures = False
+        self._choose_anew()
+
+    def withhold(self, nbytes: int) -> None:
+        """So much less for graphs from now on: they turned out to take more than reckoned."""
+        self.withheld += nbytes
+        self._choose_anew()
+
+    def _choose_anew(self) -> None:
         self.chosen.clear()
+        self._in_tiles.clear()
 
     def arrangement(self, hidden: Tensor) -> Arrangement:
         """What is chosen for hidden states [B, T, D] of this shape."""
@@ -87,17 +102,22 @@ class MemoryPolicy:
             return self.forced
         key = _key(hidden)
         if key not in self.chosen:
-            self._choose(hidden, captures=self.captures and hidden.is_cuda)
+            chosen = self._arranged(hidden, captures=self.captures and hidden.is_cuda)
+            if chosen.graphed and chosen.in_tiles:
+                # slower than whole layers one by one, unless the host is: eager steps will tell
+                self._in_tiles[key] = chosen
+                chosen = self._arranged(hidden, captures=False)
+            self._set(key, chosen)
         return self.chosen[key]
 
-    def _choose(self, hidden: Tensor, *, captures: bool) -> None:
+    def _arranged(self, hidden: Tensor, *, captures: bool) -> Arrangement:
         assert self.budget is not None
         batch, length, itemsize = *hidden.shape[:2], hidden.element_size()
         held = torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
         passing = between_layers_bytes(
             self.shapes, [Mode.TIGHT] * len(self.shapes), batch, length, itemsize
         )
-        self.chosen[_key(hidden)] = arrange(
+        return arrange(
             self.shapes,
             batch * length,
             int(self.budget * (1 - SLACK)) - max(self.fixed + passing, held),
@@ -105,6 +125,9 @@ class MemoryPolicy:
             self.trained + self.withheld if captures else None,
             itemsize,
         )
+
+    def _set(self, key: tuple[int, ...], chosen: Arrangement) -> None:
+        self.chosen[key] = chosen
         if self.tell is not None:
             self.tell(self.summary())
 
@@ -115,16 +138,12 @@ class MemoryPolicy:
         if self.budget is None:
             return False
         chosen = self.arrangement(hidden)
+        tiled = self._in_tiles.pop(_key(hidden), None)
+        if tiled is not None and host_bound:
+            chosen = tiled
+            self._set(_key(hidden), chosen)
         set_head_tile(chosen.head_tile)
-        if chosen.graphed and chosen.in_tiles and not host_bound:
-            self._choose(hidden, captures=False)
-            return False
         return chosen.graphed
-
-    def withhold(self, nbytes: int) -> None:
-        """Choose anew, with so much less for graphs: they turned out to take more than reckoned."""
-        self.withheld += nbytes
-        self.chosen.clear()
 
     def shortfall(self, hidden: Tensor) -> int:
         """By how many bytes the loss does not fit beside what is held now, graphs included."""
