@@ -36,7 +36,7 @@ from gemma_accel.kernels.segments import (
 from gemma_accel.memory import layer_shapes
 from gemma_accel.patches.seams import Fused, Undoing
 
-__all__ = ["NAME", "attention_patch", "unpack"]
+__all__ = ["NAME", "attention_patch", "unpack", "warn_of_stock"]
 
 NAME = "gemma_accel"
 
@@ -77,7 +77,7 @@ def mask(
         reason = padding.refused(q_length)
     if reason is not None:
         if torch.is_grad_enabled():
-            _tell(reason)
+            warn_of_stock(reason)
         return sdpa_mask(
             batch_size,
             q_length,
@@ -117,7 +117,7 @@ def unpack(packed: Tensor) -> Segments:
 
 
 @functools.cache
-def _tell(reason: str) -> None:
+def warn_of_stock(reason: str) -> None:
     """Once for each reason: what a training step pays for should not be silent."""
     warnings.warn(
         f"gemma_accel: stock's attention runs in place of the kernel, at least for now: {reason}",

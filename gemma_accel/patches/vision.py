@@ -34,6 +34,7 @@ from gemma_accel.kernels.clip_norm import clip_norm
 from gemma_accel.kernels.clip_norm_add import clip_norm_add
 from gemma_accel.kernels.vision_attention import supported, vision_attention
 from gemma_accel.kernels.vision_qkv import vision_qkv
+from gemma_accel.patches.attention import warn_of_stock
 from gemma_accel.patches.clipped import (
     FusedGemma4ClippableLinear,
     TowerLora,
@@ -84,19 +85,16 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, N, H] from the kernel where it fits, else from whichever attention is set."""
+        if use_kernel(query):
+            reason = self._refusal(query, key, mask)
+            if reason is None:
+                # the encoder's mask is the same for every query: which patches are there
+                seen = None if mask is None else mask[:, 0, 0]
+                return vision_attention(query, key, value, seen), None
+            if self.training:
+                warn_of_stock(f"in the vision tower, {reason}")
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
-        if (
-            implementation == "sdpa"
-            and use_kernel(query)
-            and (mask is None or mask.dtype == torch.bool)
-            and not dropout
-            and self.scaling == 1.0
-            and supported(query, key) is None
-        ):
-            # the encoder's mask is the same for every query: which patches are there
-            seen = None if mask is None else mask[:, 0, 0]
-            return vision_attention(query, key, value, seen), None
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)(
             self,
             query.transpose(1, 2),
@@ -107,6 +105,18 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
             scaling=self.scaling,
             **kwargs,
         )
+
+    def _refusal(self, query: Tensor, key: Tensor, mask: Tensor | None) -> str | None:
+        """Why the kernel cannot serve these [B, T, N, H]."""
+        if (implementation := self.config._attn_implementation) != "sdpa":
+            return f"the attention that was asked for is {implementation!r}"
+        if mask is not None and mask.dtype != torch.bool:
+            return f"the mask's dtype is {mask.dtype}"
+        if self.training and self.attention_dropout:
+            return f"attention_dropout is {self.attention_dropout}"
+        if self.scaling != 1.0:
+            return f"the scale is {self.scaling}"
+        return supported(query, key)
 
     def joins(self) -> bool:
         """Whether the modules inside are what their ops stand in for: PEFT and hooks may differ."""

@@ -109,7 +109,7 @@ class TestStockInstead:
     def test_a_mask_with_holes(self, stock_calls):
         inputs = batch((20, 20))
         inputs["attention_mask"][0, 7:9] = 0
-        patch._tell.cache_clear()
+        patch.warn_of_stock.cache_clear()
         with pytest.warns(UserWarning, match="stock's attention .* holes in the middle"):
             agree(*pair(), inputs, inputs["attention_mask"].bool())
         assert stock_calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 
 import pytest
 import torch
@@ -161,6 +162,31 @@ def test_eager_attention():
 
     stock, ours = pair(change=eager)
     assert_same(tower_gradients(ours, IMAGES), tower_gradients(stock, IMAGES))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for a card")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tower: tower.set_attn_implementation("eager"), "'eager'"),
+        (lambda tower: setattr(tower.encoder.layers[0].self_attn, "scaling", 0.25), "0.25"),
+    ],
+    ids=["eager", "scaled"],
+)
+def test_training_without_the_attention_kernel_is_said_once(change, reason):
+    from gemma_accel.patches.attention import warn_of_stock
+
+    warn_of_stock.cache_clear()
+    model = media.model(clipped=False)
+    gemma_accel.apply(model)
+    change(tower(model))
+    attention = tower(model).encoder.layers[0].self_attn.train()
+    query = torch.randn(1, 6, attention.config.num_attention_heads, attention.head_dim)
+    with pytest.warns(UserWarning, match=f"in the vision tower, .*{reason}"):
+        attention._attend(query, query, query, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention._attend(query, query, query, None)
 
 
 @only_references
