@@ -119,6 +119,21 @@ def test_losses_float32_and_newest_versions_are_the_files():
     )
 
 
+def test_the_learning_curve_is_the_file():
+    run = results("cpu-learning-curve.json")
+    held = run["summary"]["held_out"]
+    assert held["within"] and run["summary"]["training"]["within"]
+    text = " ".join(README.split())
+    millions = run["rows"][0]["parameters"] / 1e6
+    steps = run["size"]["steps"]
+    assert f"A Gemma 4 of {millions:.1f} million parameters" in text
+    assert (
+        f"over {steps} steps held-out loss falls from {held['first']:.2f} to {held['last']:.2f}, "
+        f"and the means part by {held['largest_gap_of_means']:.3f} at most, where stock's own "
+        f"seeds spread by {held['stock_spread']:.3f}" in text
+    )
+
+
 def test_the_counts_are_the_tests():
     from tests.trust.test_bad_input import EXAMPLES
     from tests.trust.test_options import COMBINATIONS
