@@ -79,7 +79,7 @@ def test_within_eight_per_cent_of_what_was_measured(row):
     # the checkpoint lay on a tmpfs: the mapped table counts as shared
     host = row.get("host_gib", {})
     if row.get("commit") == "581b93f" and row.get("vram_gib") == 3.6:
-        return  # locked memory of captures that were given up had not been freed yet
+        pytest.skip("the peaks hold; host memory of given-up captures had not been freed yet")
     if "anonymous" in host:  # older rows have the peak alone, pages of the checkpoint included
         assert made.host_gib == pytest.approx(host["anonymous"] + host["shared"], rel=0.08)
 
