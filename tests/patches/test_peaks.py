@@ -49,6 +49,14 @@ def launch_nothing(monkeypatch):
     monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: None)
 
 
+def _allocations(events):
+    """(time, bytes, address) of every block taken (positive) and given back (negative)."""
+    for event in events:
+        if event.name == "[memory]":
+            yield event.start_time_ns, event.extra_fields.alloc_size, event.extra_fields.ptr
+        yield from _allocations(event.children)
+
+
 def peak_of_a_step(modes):
     """Bytes at the highest moment of a forward and backward through the stack, and the shapes."""
     model = tiny_model("causal", dtype=torch.bfloat16, **E2B_BY_FOUR)
@@ -65,13 +73,17 @@ def peak_of_a_step(modes):
     ):
         out = peft.model.model(input_ids=ids, use_cache=False).last_hidden_state
         out.backward(torch.empty_like(out))
-    held = peak = 0
-    events = profiled.profiler.kineto_results.events()
-    blocks = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    # What was there before and goes meanwhile (an earlier test's models, when Python gets to them)
+    # is not the step's: only blocks that the step took count, and their going.
+    sizes, peak = {}, 0
+    blocks = sorted(_allocations(profiled.profiler.kineto_results.experimental_event_tree()))
     assert len(blocks) > 1000
-    for _, nbytes in sorted(blocks):
-        held += nbytes
-        peak = max(peak, held)
+    for _, nbytes, address in blocks:
+        if nbytes > 0:
+            sizes[address] = nbytes
+            peak = max(peak, sum(sizes.values()))
+        else:
+            sizes.pop(address, None)
     return peak, layer_shapes(model.config)
 
 
@@ -83,4 +95,4 @@ def test_a_step_takes_no_more_than_the_arithmetic_says_and_not_much_less(modes):
     # the stack's output and its gradient, which belong to the loss; and inputs that would be away
     aside = (2 + sum(mode in AWAY for mode in modes)) * of_hidden
     said = peak_bytes(shapes, modes, TOKENS, 0) + between_layers_bytes(shapes, modes, 1, TOKENS)
-    assert 0.65 * said <= peak - aside <= said, (peak - aside) / said
+    assert 0.8 * said <= peak - aside <= said, (peak - aside) / said
