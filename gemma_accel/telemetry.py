@@ -57,6 +57,7 @@ _PEAK = {
     "GeForce RTX 4080": 97.5,
     "GeForce RTX 4080 SUPER": 104.4,
     "GeForce RTX 4090": 165.2,
+    "GeForce RTX 5050": 26.3,
     "GeForce RTX 5060": 38.4,
     "GeForce RTX 5060 Ti": 47.4,
     "GeForce RTX 5070": 61.7,

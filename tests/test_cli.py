@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,17 +23,11 @@ def gemma_accel(*arguments, cwd, **variables):
 # -- the commands ---------------------------------------------------------------------------------
 
 
-def test_help_names_every_command_and_is_quick(tmp_path):
-    def ask():
-        start = time.perf_counter()
-        done = gemma_accel("--help", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        for command in ("demo", "run", "plan", "verify", "info"):
-            assert f" {command} " in done.stdout
-        return time.perf_counter() - start
-
-    # the fastest of three, so that a busy machine does not fail it
-    assert min(ask() for _ in range(3)) < 1.0
+def test_help_names_every_command(tmp_path):
+    done = gemma_accel("--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for command in ("demo", "run", "plan", "verify", "info"):
+        assert f" {command} " in done.stdout
 
 
 def test_the_command_line_imports_nothing_heavy(tmp_path):

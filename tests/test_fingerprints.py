@@ -13,7 +13,6 @@ import re
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -123,20 +122,13 @@ def test_a_maintainer_gets_lines_that_hold_what_is_installed(tmp_path):
     assert table[GEMMA]["rotate_half"][-1] == fingerprints.ABSENT
 
 
-def test_looking_costs_little():
-    """The fastest of five with nothing remembered: the work, not the weather."""
-    took = []
-    for _ in range(5):
-        fingerprints._of_live.cache_clear()
-        linecache.clearcache()
-        start = time.perf_counter()
-        assert not any(map(why_not, SEAMS))
-        took.append(time.perf_counter() - start)
-    assert min(took) < 0.15
-    start = time.perf_counter()
-    for patch in SEAMS:
-        why_not(patch)
-    assert time.perf_counter() - start < 0.05
+def test_sources_are_read_once():
+    fingerprints._of_live.cache_clear()
+    assert not any(map(why_not, SEAMS))
+    read = fingerprints._of_live.cache_info().misses
+    assert read
+    assert not any(map(why_not, SEAMS))
+    assert fingerprints._of_live.cache_info().misses == read
 
 
 # --- what counts as a change ----------------------------------------------------------------------
