@@ -1,7 +1,7 @@
 """attention against stock: torch SDPA as transformers' sdpa_attention_forward calls it, mask too.
 
-    python benchmarks/bench_attention.py [OUT.json]     gate, then a table: stock and ours in turn
-    python benchmarks/bench_attention.py --sweep [WHICH]    times candidate tiles on this card: how
+    python -m benchmarks.bench_attention [OUT.json]     gate, then a table: stock and ours in turn
+    python -m benchmarks.bench_attention --sweep [WHICH]    times candidate tiles on this card: how
                                                             the launcher's table was made
 
 FLOPs are the causal, windowed ones: 4 H N for each visible (query, key) pair forward, 2.5 times as
@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -24,11 +23,10 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from gemma_accel.kernels import attention as module  # noqa: E402  after the path
-from gemma_accel.kernels.attention import Tile, attention  # noqa: E402
-from gemma_accel.kernels.segments import segments_from_position_ids  # noqa: E402
+from benchmarks.harness import where
+from gemma_accel.kernels import attention as module
+from gemma_accel.kernels.attention import Tile, attention
+from gemma_accel.kernels.segments import segments_from_position_ids
 
 PEAK = 800e12
 
@@ -172,21 +170,6 @@ def gate():
     compare(1, 8, 2, 1215, 512, torch.bfloat16, segments=segments)
 
 
-def versions():
-    import transformers
-    import triton
-
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    return {
-        "card": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit or os.environ.get("COMMIT", "unknown"),
-    }
-
-
 HEADINGS = ("stock fwd", "bwd", "total", "ours fwd", "bwd", "total", "speedup")
 RATES = ("fwd TF/s", "%", "bwd TF/s", "%", "workspace")
 
@@ -203,7 +186,7 @@ def line(row):
 
 def main(out_json: str | None = None):
     gate()
-    head = versions()
+    head = where()
     print(head)
     print(f"{'milliseconds':24}" + "".join(f"{x:>10}" for x in (*HEADINGS, *RATES)))
     rows = []
@@ -308,7 +291,7 @@ def sweep(only: str = ""):
     workers = min(12, os.cpu_count())
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         errors = list(pool.map(compile_ahead, jobs))
-    print(versions()["card"])
+    print(torch.cuda.get_device_name())
     for (kind, size, tile), error in zip(jobs, errors, strict=True):
         flags = zip("euf", (not tile.edges, tile.unchain, tile.flip), strict=True)
         text = f"{kind}{size} {tile.block_m:3}x{tile.block_n:<3} w{tile.num_warps} "

@@ -12,23 +12,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.train_step import (
+from benchmarks.harness import (
     Worker,
-    _build_apart,
-    _host_gib,
-    _measure_class,
-    _say,
-    _where,
+    begin,
+    build_apart,
+    host_gib,
+    measure_class,
+    reserved_gib,
     run_work,
+    say,
+    table,
+    where,
 )
 from benchmarks.works import ADAPTED, nf4
 
+MODULE = "benchmarks.bench_media"
 PATCHES, POOLED = 2520, 9  # patches an image is padded to, and patches of a soft token
 CLIPPED = (
     r".*TOWER\.(encoder\.)?layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|"
@@ -87,10 +89,7 @@ def worker(spec: dict) -> None:
 
     import torch
 
-    if spec["cap_gib"]:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(spec["cap_gib"] * 2**30 / total)
-    torch.cuda.reset_peak_memory_stats()
+    begin(spec)
     if spec["stack"] == "gemma_accel":
         import gemma_accel.auto  # noqa: F401 - the one line
     from datasets import Dataset
@@ -110,9 +109,8 @@ def worker(spec: dict) -> None:
             for end, value in (("min", -3.0), ("max", 3.0)):
                 getattr(module, f"input_{end}").fill_(value)
                 getattr(module, f"output_{end}").fill_(value)
-    torch.cuda.synchronize()
-    load = torch.cuda.max_memory_reserved()
-    measure = _measure_class()(spec)
+    load = reserved_gib()
+    measure = measure_class()(spec)
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(
@@ -141,13 +139,12 @@ def worker(spec: dict) -> None:
         callbacks=[measure],
     )
     trainer.train()
-    torch.cuda.synchronize()
     out = {
-        "load_peak_gib": load / 2**30,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+        "load_peak_gib": load,
+        "peak_reserved_gib": reserved_gib(),
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "tower_adapters": sum(work.tower in n and "lora_A" in n for n, _ in model.named_modules()),
-        "host_gib": _host_gib(),
+        "host_gib": host_gib(),
         **measure.results(),
     }
     if spec["stack"] == "gemma_accel":
@@ -155,23 +152,7 @@ def worker(spec: dict) -> None:
 
         report = report_of(trainer.model).to_dict()
         out["report"], out["skipped"] = report["notes"], report["skipped"][:20]
-    _say({"result": out})
-
-
-class MediaWorker(Worker):
-    """A stack's process that runs this file."""
-
-    def __init__(self, spec: dict, log: Path) -> None:
-        self.spec, self.result, self.error = spec, None, None
-        self.log = log.open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.bench_media", "--worker", json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"},
-        )
+    say({"result": out})
 
 
 def main(
@@ -187,7 +168,7 @@ def main(
     """Run the works and write a row for each stack in each; stock first, for the ratios."""
     logs = Path(directory) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    path, rows = _build_apart("e2b", directory), []
+    path, rows = build_apart("e2b", directory), []
     for name in works:
         workers = []
         for stack in stacks:
@@ -202,7 +183,7 @@ def main(
                 "profile": profile,
                 "output_dir": str(Path(directory) / "out"),
             }
-            workers.append(MediaWorker(spec, logs / f"media-{name}-{stack}.log"))
+            workers.append(Worker(MODULE, spec, logs / f"media-{name}-{stack}.log"))
         run_work(workers)
         for one in workers:
             work = WORKS[name]
@@ -213,23 +194,9 @@ def main(
             if base and "step_s" in base and "step_s" in row and row["stack"] != "trl":
                 row["speedup_over_trl"] = base["step_s"] / row["step_s"]
             rows.append(row)
-            _print(row)
-        Path(out_json).write_text(json.dumps({**_where(), "rows": rows}, indent=1) + "\n")
+        print(*table(r for r in rows if r["work"] == name), sep="\n", flush=True)
+        Path(out_json).write_text(json.dumps({**where(), "rows": rows}, indent=1) + "\n")
     return rows
-
-
-def _print(row: dict) -> None:
-    if "error" in row:
-        print(f"{row['work']:7} {row['label']:14} {row['error'][:200]}", flush=True)
-        return
-    print(
-        f"{row['work']:7} {row['label']:14} {row['step_s'] * 1e3:8.1f} ms  "
-        f"load {row['load_peak_gib']:.2f}, train {row['peak_reserved_gib']:.2f} GiB  "
-        f"{row.get('launches', 0):6} launches  {row.get('gpu_busy_ms', 0):7.1f} ms busy  "
-        f"x{row.get('speedup_over_trl', 1):.2f}  loss {row['losses'][0]:.4f} to "
-        f"{row['losses'][-1]:.4f}",
-        flush=True,
-    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.harness import table, where
+
 HERE = Path(__file__).parent
 ROWS = pytest.StashKey[dict]()
 """What the kernels' cases measured, by case."""
@@ -50,12 +52,6 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(where())
-
-
-def where():
-    from benchmarks.train_step import _where
-
-    return _where()
 
 
 @pytest.fixture(autouse=True)
@@ -164,8 +160,6 @@ def rates(case, us):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    from benchmarks.train_step import table
-
     kernels, steps = finished(config), [r for rows in config.stash[STEPS].values() for r in rows]
     for title, rows, lines in (
         ("ours against stock, microseconds a call, forward and backward", kernels, kernel_table),

@@ -32,8 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import say, where
 from benchmarks.losses import compare
-from benchmarks.train_step import _say, _where
 from benchmarks.works import CONFIGS
 
 STACKS = ("trl", "gemma_accel")
@@ -171,7 +171,7 @@ def worker(spec: dict[str, Any]) -> None:
 
     class Progress(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            _say({"step": state.global_step})
+            say({"step": state.global_step})
 
     rows = json.loads((directory / "rows.json").read_text())
     trainer = SFTTrainer(
@@ -219,7 +219,7 @@ def worker(spec: dict[str, Any]) -> None:
         out["applied"] = sorted({record["patch"] for record in written["applied"]})
         out["skipped"] = [r for r in written["skipped"] if r["modality"] == "text"][:20]
         out["modes"] = text_model(base_model(trainer.model)).memory.summary()
-    _say({"result": out})
+    say({"result": out})
 
 
 # -- the parent -----------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def main(arguments: list[str] | None = None) -> int:
         stacks = (*STACKS, CONTROL) if options.control else STACKS
         rows = run_all(size, stacks, options.seeds, options.dtype, Path(name), options.parallel)
     results = {
-        **_where(),
+        **where(),
         "weights": "random at the start, every one trained",
         "text": about,
         "size": asdict(size),

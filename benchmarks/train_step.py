@@ -14,34 +14,75 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import json
 import os
-import platform
-import re
-import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.works import ADAPTED, WORKS, nf4, random_rows, train_flops
-from gemma_accel.telemetry import peak_tflops
+from benchmarks.harness import (
+    Worker,
+    begin,
+    build_apart,
+    host_gib,
+    measure_class,
+    reserved_gib,
+    run_work,
+    say,
+    table,
+    where,
+)
+from benchmarks.works import ADAPTED, WORKS, Work, nf4, random_rows, train_flops
 
-# -- the worker: a stock TRL script
-# -----------------------------------------------------------------------------------
+MODULE = "benchmarks.train_step"
+
+# -- the worker: a stock TRL script ---------------------------------------------------------------
 
 
 def worker(spec: dict) -> None:
     import torch
 
-    work, stack = WORKS[spec["work"]], spec["stack"]
-    if spec["cap_gib"]:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(spec["cap_gib"] * 2**30 / total)
-    torch.cuda.reset_peak_memory_stats()
-    if stack == "gemma_accel":
+    begin(spec)
+    _import_stack(spec)  # before anything that it patches
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    work, path, start = WORKS[spec["work"]], spec["checkpoint"], time.time()
+    rows = random_rows(work.batch_size * spec["steps"] * 2, work.sequence_length, seed=spec["seed"])
+    arguments = _arguments(spec, work)
+    model, adapters = _model(spec, work, arguments)
+    load = reserved_gib()
+    measure = measure_class()(spec)
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(path),
+        peft_config=adapters,
+        callbacks=[measure],
+    )
+    if isinstance(model, str):
+        load = reserved_gib()
+    built = time.time() - start
+    # the peak must not be reset: it counts from the first allocation to the last, loading included
+    with _profiled():
+        trainer.train()
+    out = {
+        "load_peak_gib": load,
+        "peak_reserved_gib": reserved_gib(),
+        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "seconds_to_first_step": built,
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "host_gib": host_gib(),
+        **measure.results(),
+    }
+    if spec["stack"] == "gemma_accel":
+        out |= _our_report(trainer.model)
+    say({"result": out})
+
+
+def _import_stack(spec: dict) -> None:
+    if spec["stack"] == "gemma_accel":
         if spec["vram_gib"]:
             import functools
 
@@ -49,21 +90,14 @@ def worker(spec: dict) -> None:
 
             patching.apply = functools.partial(patching.apply, vram_gib=spec["vram_gib"])
         import gemma_accel.auto  # noqa: F401 - the one line
-    if stack == "unsloth":
+    if spec["stack"] == "unsloth":
         _prepare_unsloth(spec)
-    from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import SFTConfig, SFTTrainer
 
-    kwargs = {}
-    if work.quantised:
-        kwargs["quantization_config"] = nf4()
-    if not spec.get("float32"):
-        kwargs["dtype"] = torch.bfloat16
-    start = time.time()
-    path = spec["checkpoint"]
-    rows = random_rows(work.batch_size * spec["steps"] * 2, work.sequence_length, seed=spec["seed"])
-    arguments = SFTConfig(
+
+def _arguments(spec: dict, work: Work):
+    from trl import SFTConfig
+
+    return SFTConfig(
         output_dir=spec["output_dir"],
         per_device_train_batch_size=work.batch_size,
         max_steps=spec["steps"],
@@ -77,53 +111,35 @@ def worker(spec: dict) -> None:
         seed=spec["seed"],
         disable_tqdm=True,
         dataloader_pin_memory=True,
-        use_liger_kernel=stack == "liger",
+        use_liger_kernel=spec["stack"] == "liger",
     )
+
+
+def _model(spec: dict, work: Work, arguments):
+    """A loaded model, or its path for TRL to load, and the adapters that it shall get."""
+    import torch
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    path = spec["checkpoint"]
+    if spec["stack"] == "unsloth":
+        return _load_unsloth(path, work), None
     adapters = LoraConfig(r=work.lora_rank, lora_alpha=work.lora_rank, target_modules=ADAPTED)
-    if stack == "unsloth":
-        model, adapters = _load_unsloth(path, work), None
-    elif spec.get("float32"):
-        model = path  # TRL's own way for a model given by name
+    kwargs = {"quantization_config": nf4()} if work.quantised else {}
+    if spec["float32"]:  # TRL's own way for a model given by name
         arguments.model_init_kwargs = kwargs
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path, device_map={"": 0}, **kwargs)
-    torch.cuda.synchronize()
-    load = torch.cuda.max_memory_reserved()
-    measure = _measure_class()(spec)
-    trainer = SFTTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=AutoTokenizer.from_pretrained(path),
-        peft_config=adapters,
-        callbacks=[measure],
-    )
-    if spec.get("float32"):
-        load = torch.cuda.max_memory_reserved()
-    built = time.time() - start
-    # the peak must not be reset: it counts from the first allocation to the last, loading included
-    with _profiled(spec):
-        trainer.train()
-    torch.cuda.synchronize()
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    out = {
-        "load_peak_gib": load / 2**30,
-        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-        "peak_allocated_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "seconds_to_first_step": built,
-        "losses": losses,
-        "host_gib": _host_gib(),
-        **measure.results(),
-    }
-    if stack == "gemma_accel":
-        from gemma_accel.patching import report_of
+        return path, adapters
+    kwargs |= {"device_map": {"": 0}, "dtype": torch.bfloat16}
+    return AutoModelForCausalLM.from_pretrained(path, **kwargs), adapters
 
-        out["report"] = report_of(trainer.model).to_dict()["notes"]
-        from gemma_accel.models import base_model, text_model
 
-        out["modes"] = text_model(base_model(trainer.model)).memory.summary()
-        out["skipped"] = report_of(trainer.model).to_dict()["skipped"][:20]
-    _say({"result": out})
+def _our_report(model) -> dict:
+    from gemma_accel.models import base_model, text_model
+    from gemma_accel.patching import report_of
+
+    report = report_of(model).to_dict()
+    modes = text_model(base_model(model)).memory.summary()
+    return {"report": report["notes"], "modes": modes, "skipped": report["skipped"][:20]}
 
 
 def _prepare_unsloth(spec: dict) -> None:
@@ -163,7 +179,7 @@ def _load_unsloth(path: str, work):
 
 
 @contextlib.contextmanager
-def _profiled(spec: dict):
+def _profiled():
     """With BENCH_PROFILE=1: where Python's time goes, into the worker's log."""
     if os.environ.get("BENCH_PROFILE") != "1":
         yield
@@ -178,171 +194,27 @@ def _profiled(spec: dict):
     pstats.Stats(profile, stream=sys.stderr).sort_stats("tottime").print_stats(60)
 
 
-def _host_gib() -> dict:
-    """Resident memory of this process: its own, pages of files (the kernel may take those back
-    unless they are locked), shared ones (files on a tmpfs), and the peak of all.
-    """
-    wanted = {
-        "RssAnon": "anonymous",
-        "RssFile": "of_files",
-        "RssShmem": "shared",
-        "VmHWM": "resident_peak",
-    }
-    out = {}
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name in wanted:
-            out[wanted[name]] = int(value.split()[0]) / 2**20
-    return out
-
-
-def _measure_class():
-    import torch
-    from transformers import TrainerCallback
-
-    class Measure(TrainerCallback):
-        """Takes turns, times steps, profiles the last one."""
-
-        def __init__(self, spec):
-            self.spec, self.times, self.profile, self.step = spec, [], None, 0
-            self.profiler = None
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            torch.cuda.synchronize()
-            _say({"ready": self.step})
-            sys.stdin.readline()
-            self.step += 1
-            if self.spec["profile"] and self.step == self.spec["steps"]:
-                self.profiler = torch.profiler.profile(
-                    activities=[torch.profiler.ProfilerActivity.CUDA]
-                )
-                self.profiler.__enter__()
-            self.start = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            torch.cuda.synchronize()
-            elapsed = time.perf_counter() - self.start
-            if self.profiler is not None:
-                self.profiler.__exit__(None, None, None)
-                self.profile = _device_events(self.profiler)
-            else:
-                self.times.append(elapsed)
-            _say({"done": elapsed, "reserved": torch.cuda.max_memory_reserved() / 2**30})
-
-        def results(self):
-            timed = self.times[self.spec["warmup"] :]
-            return {
-                "step_s": statistics.median(timed),
-                "step_s_all": self.times,
-                **(self.profile or {}),
-            }
-
-    return Measure
-
-
-def _device_events(profiler) -> dict:
-    """Launches (kernels, copies, memsets) of the profiled step, and the time the device was busy,
-    overlaps counted once.
-    """
-    from collections import defaultdict
-
-    spans, names = [], defaultdict(lambda: [0, 0.0])
-    for event in profiler.profiler.kineto_results.events():
-        if event.device_type().name != "CUDA" or event.duration_ns() <= 0:
-            continue
-        if str(event.name()).startswith(("ProfilerStep", "Optimizer.")):
-            continue
-        begin = event.start_ns()
-        spans.append((begin, begin + event.duration_ns()))
-        entry = names[event.name()]
-        entry[0] += 1
-        entry[1] += event.duration_ns() / 1e6
-    busy, end = 0, 0
-    for begin, stop in sorted(spans):
-        if stop > end:
-            busy += stop - max(begin, end)
-            end = stop
-    top = sorted(names.items(), key=lambda kv: -kv[1][1])[:40]
-    return {
-        "launches": len(spans),
-        "gpu_busy_ms": busy / 1e6,
-        "top_kernels": [{"name": n[:110], "count": c, "ms": round(ms, 3)} for n, (c, ms) in top],
-    }
-
-
-def _say(message: dict) -> None:
-    print("@" + json.dumps(message), flush=True)
-
-
-# -- the parent: turns
-# --------------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A stack's process; its lines that start with @ are for us, the rest goes to its log."""
-
-    def __init__(self, spec: dict, log: Path) -> None:
-        self.spec, self.result, self.error = spec, None, None
-        self.log = log.open("w")
-        environment = {
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONUNBUFFERED": "1",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_step", "--worker", json.dumps(spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            env=environment,
-        )
-
-    def read(self) -> dict | None:
-        for line in self.process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
-            self.log.write(line)
-        return None
-
-    def until(self, key: str) -> bool:
-        """Read on until a message with ``key`` or the end; True where it came."""
-        while (message := self.read()) is not None:
-            if "result" in message:
-                self.result = message["result"]
-            if key in message:
-                return True
-        code = self.process.wait()
-        if code and self.result is None:
-            self.log.flush()
-            tail = Path(self.log.name).read_text().splitlines()[-12:]
-            self.error = f"exit {code}: " + " | ".join(tail)[-1500:]
-        return False
-
-    def begin_step(self) -> None:
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-
-    def finish_step(self) -> bool:
-        return self.until("done") and self.until("ready")
-
-
-def run_work(workers: list[Worker], *, together: bool = False) -> None:
-    """Wait until every stack's worker is loaded, then give them steps in turn until all are
-    through; ``together``, all at once, where no time is asked for.
-    """
-    for w in workers:
-        w.alive = w.until("ready")
-    while alive := [w for w in workers if w.alive]:
-        for group in [alive] if together else [[w] for w in alive]:
-            for w in group:
-                w.begin_step()
-            for w in group:
-                w.alive = w.finish_step()
+# -- the parent -----------------------------------------------------------------------------------
 
 
 def main() -> None:
+    options = _options()
+    if options.worker:
+        worker(json.loads(options.worker))
+        return
+    results = []
+    for work, workers in _start(options):
+        if not options.apart:
+            run_work(workers, together=options.together)
+        place = where()
+        rows = [_row(WORKS[work], w, timed=not options.together) for w in workers]
+        _compare(rows, place["peak_tflops"])
+        results += rows
+        print(*table(rows), sep="\n", flush=True)
+        Path(options.out).write_text(json.dumps({**place, "rows": results}, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -379,58 +251,43 @@ def main() -> None:
     )
     parser.add_argument("--directory", default="/dev/shm")
     parser.add_argument("--out", default="results.json")
-    options = parser.parse_args()
-    if options.worker:
-        worker(json.loads(options.worker))
-        return
+    return parser.parse_args()
+
+
+def _start(options: argparse.Namespace) -> list[tuple[str, list[Worker]]]:
+    """Each work's workers. All of all works load side by side, and then wait for their turn;
+    ``--apart``, each is through before the next one starts.
+    """
     logs = Path(options.directory) / "logs"
     logs.mkdir(exist_ok=True)
-    results = []
-    # all workers of all works start and load side by side, and wait; the works' steps then run one
-    # work after the other
-    jobs = []
+    jobs, count = [], 0
     for job in options.works:
         name, _, stacks = job.partition("=")
-        path = _build_apart(WORKS[name].model, options.directory)
+        path = build_apart(WORKS[name].model, options.directory)
         workers = []
         for stack in stacks.split(",") if stacks else options.stacks:
             for seed in options.seeds:
                 spec = _spec(options, name, stack, path, seed)
-                number = sum(len(others) for _, others in jobs) + len(workers)
-                workers.append(Worker(spec, logs / f"{number:02}-{name}-{spec['stack']}.log"))
+                log = logs / f"{count:02}-{name}-{spec['stack']}.log"
+                workers.append(Worker(MODULE, spec, log))
+                count += 1
                 if options.apart:
                     run_work(workers[-1:])
         jobs.append((name, workers))
-    for name, workers in jobs:
-        if not options.apart:
-            run_work(workers, together=options.together)
-        rows = [_row(WORKS[name], w, timed=not options.together) for w in workers]
-        where = _where()
-        for row in rows:
-            base = next(
-                (
-                    r
-                    for r in rows
-                    if r["stack"] == "trl" and r["seed"] == row["seed"] and "step_s" in r
-                ),
-                None,
-            )
-            if base and "step_s" in row:
-                row["speedup_over_trl"] = base["step_s"] / row["step_s"]
-            if where["peak_tflops"] and "step_s" in row:
-                row["mfu"] = row["train_tflop"] / row["step_s"] / where["peak_tflops"]
-        results += rows
-        print(*table(rows), sep="\n", flush=True)
-        Path(options.out).write_text(json.dumps({**where, "rows": results}, indent=1) + "\n")
+    return jobs
 
 
-def _build_apart(model: str, directory: str) -> str:
-    """In a child process, so that the parent holds no GPU memory."""
-    code = (
-        f"from benchmarks.works import build_checkpoint; build_checkpoint({model!r}, {directory!r})"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-    return str(Path(directory) / f"gemma4-{model}-random")
+def _compare(rows: list[dict], peak_tflops: float | None) -> None:
+    """Put beside each row's time what it is of stock's with the same seed, and of the card's
+    peak.
+    """
+    timed = [row for row in rows if "step_s" in row]
+    stock = {row["seed"]: row["step_s"] for row in timed if row["stack"] == "trl"}
+    for row in timed:
+        if row["seed"] in stock:
+            row["speedup_over_trl"] = stock[row["seed"]] / row["step_s"]
+        if peak_tflops:
+            row["mfu"] = row["train_tflop"] / row["step_s"] / peak_tflops
 
 
 def _spec(options, name: str, stack: str, path: str, seed: int) -> dict:
@@ -472,77 +329,6 @@ def _row(work, worker_: Worker, *, timed: bool) -> dict:
         del row["step_s"], row["step_s_all"]
     row["train_tflop"] = train_flops(work) / 1e12
     return row
-
-
-def _where() -> dict:
-    import importlib.metadata as metadata
-
-    names = [
-        "torch",
-        "triton",
-        "transformers",
-        "trl",
-        "peft",
-        "bitsandbytes",
-        "accelerate",
-        "liger-kernel",
-        "unsloth",
-    ]
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    import torch
-
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    commit = (
-        os.environ.get("BENCH_COMMIT")
-        or subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-    )
-    return {
-        "card": card,
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": commit,
-        "weights": "random bf16 at the real shapes",
-        "peak_tflops": peak_tflops(card),  # the vendor's, dense bfloat16
-    }
-
-
-def table(rows: list[dict]) -> Iterator[str]:
-    """Lines of a table of rows, those of `benchmarks.bench_media` too."""
-    yield (
-        f"{'work':12}{'stack':20}{'load GiB':>9}{'train':>7}{'step ms':>9}{'tokens/s':>10}{'x':>7}"
-        f"{'launches':>10}{'GPU ms':>8}{'MFU':>7}"
-    )
-    for row in rows:
-        line = f"{row['work']:12}{row['label']:20}"
-        if "error" in row:
-            short = "out of memory" if "OutOfMemory" in row["error"] else row["error"][-200:]
-            yield f"{line}  {short}"
-            continue
-        line += f"{row['load_peak_gib']:9.2f}{row['peak_reserved_gib']:7.2f}"
-        if "step_s" in row:
-            line += f"{row['step_s'] * 1e3:9.1f}"
-            line += _cell(row, "tokens_per_second", "10.0f") + _cell(
-                row, "speedup_over_trl", "7.2f"
-            )
-            line += _cell(row, "launches", "10d") + _cell(row, "gpu_busy_ms", "8.0f")
-            line += _cell(row, "mfu", "7.1%")
-            line += f"  {row['wrong']}" if "wrong" in row else ""
-        elif row.get("losses"):
-            line += f"  losses {row['losses'][0]:.4f} to {row['losses'][-1]:.4f}"
-        yield line.rstrip()
-
-
-def _cell(row: dict, name: str, form: str) -> str:
-    width = int(re.match(r"\d+", form)[0])
-    return f"{row[name]:{form}}" if name in row else " " * width
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every figure in the README's measured tables is one of the committed results."""
+"""Every figure in the README is one of the committed results."""
 
 from __future__ import annotations
 
@@ -8,93 +8,56 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tables
 from benchmarks.losses import compare, curves
-from gemma_accel.telemetry import peak_tflops
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks/results"
-MEASURED = re.search(r"<!-- measured: (.+) -->\n(.*?)<!-- /measured -->", README, re.S)
-ATTENTION = re.search(r"<!-- attention: (.+) -->\n(.*?)<!-- /attention -->", README, re.S)
-
-MEDIA = re.search(r"<!-- media: (.+) -->\n(.*?)<!-- /media -->", README, re.S)
-MEDIA_WORKS = {"images": "two images of 280 soft tokens, 512 tokens of text"}
+MEASURED = re.search(r"<!-- measured: (.+) -->", README)[1].split()
 
 
 def results(name: str) -> dict:
     return json.loads((RESULTS / name).read_text())
 
 
-def rows_of(table: str) -> list[list[str]]:
-    lines = [line for line in table.strip().splitlines() if line.startswith("|")][2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+def test_the_tables_are_what_the_files_say():
+    assert tables.render(README) == README
+    assert {kind for _, kind, *_ in tables.TABLE.findall(README)} == set(tables.KINDS)
 
 
-def quoted(row: dict, stock: dict | None) -> list[str]:
-    work = row["model"].upper() + (" in bf16" if row["work"] == "W5" else "")
-    stack = "gemma_accel, all of 7 GiB"
-    if row["stack"] == "trl":
-        stack = "TRL"
-    elif row["vram_gib"]:
-        stack = f"gemma_accel, `vram_gib={row['vram_gib']:g}`"
-    peak = peak_tflops("NVIDIA H100 80GB HBM3")
-    return [
-        f"{work}, {row['batch_size']} x {row['sequence_length']:,}",
-        stack,
-        f"{row['load_peak_gib']:.2f}",
-        f"{row['peak_reserved_gib']:.2f}",
-        f"{row['step_s']:.3f}",
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['train_tflop'] / row['step_s'] / peak:.1%}",
-        f"{row['launches']:,}",
-        f"{row['gpu_busy_ms']:.0f}",
-        f"{stock['step_s'] / row['step_s']:.2f}" if stock else "not measured",
+def test_a_table_is_written_from_its_files(tmp_path):
+    ours = {
+        "work": "W5",
+        "model": "e2b",
+        "batch_size": 1,
+        "sequence_length": 2048,
+        "stack": "gemma_accel",
+        "vram_gib": None,
+        "cap_gib": 7.0,
+        "load_peak_gib": 5.229,
+        "peak_reserved_gib": 6.976,
+        "step_s": 0.25,
+        "tokens_per_second": 8192.0,
+        "train_tflop": 9.894,
+        "launches": 4585,
+        "gpu_busy_ms": 88.4,
+    }
+    stock = ours | {"stack": "trl", "cap_gib": None, "step_s": 0.5}
+    failed = ours | {"stack": "liger", "error": "exit 1: torch.OutOfMemoryError"}
+    run = {"card": "NVIDIA H100 80GB HBM3", "rows": [ours | {"vram_gib": 3.5}, failed, stock]}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    written = tables.render("a\n<!-- measured: run.json -->\nold\n<!-- /measured -->\nb", tmp_path)
+    assert written.splitlines()[4:-2] == [
+        "| E2B in bf16, 1 x 2,048 | gemma_accel, `vram_gib=3.5` | 5.23 | 6.98 | 0.250 | 8,192 "
+        "| 4.0% | 4,585 | 88 | 2.00 |",
+        "| E2B in bf16, 1 x 2,048 | TRL + Liger | out of memory |  |  |  |  |  |  |  |",
+        "| E2B in bf16, 1 x 2,048 | TRL | 5.23 | 6.98 | 0.500 | 8,192 | 2.0% | 4,585 | 88 | 1.00 |",
     ]
-
-
-def test_the_table_of_steps_quotes_its_files():
-    files, table = MEASURED.groups()
-    expected = []
-    for name in files.split():
-        rows = results(name)["rows"]
-        stock = next((row for row in rows if row["stack"] == "trl"), None)
-        expected += [quoted(row, stock) for row in rows]
-    assert rows_of(table) == expected
-
-
-def test_the_table_of_media_quotes_its_file():
-    file, table = MEDIA.groups()
-    rows = results(file)["rows"]
-    stock = {row["work"]: row for row in rows if row["stack"] == "trl"}
-    expected = [
-        [
-            MEDIA_WORKS[row["work"]],
-            "TRL"
-            if row["stack"] == "trl"
-            else "gemma_accel, " + ("all of 7 GiB" if row["cap_gib"] else "no cap"),
-            f"{row['load_peak_gib']:.2f}",
-            f"{row['peak_reserved_gib']:.2f}",
-            f"{row['step_s']:.3f}",
-            f"{row['launches']:,}",
-            f"{row['gpu_busy_ms']:.0f}",
-            f"{stock[row['work']]['step_s'] / row['step_s']:.2f}",
-        ]
-        for row in rows
-    ]
-    assert rows_of(table) == expected
-
-
-def test_the_table_of_attention_quotes_its_file():
-    file, table = ATTENTION.groups()
-    cases = {row["case"]: row for row in results(file)["rows"]}
-    for name, stock, ours, times in rows_of(table):
-        row = cases[name]
-        expected = f"{row['stock_ms']:.2f}", f"{row['ours_ms']:.2f}", f"{row['speedup']:.1f}"
-        assert (stock, ours, times) == expected, name
 
 
 def test_the_versions_and_the_card_are_the_files():
-    for name in MEASURED[1].split():
+    for name in MEASURED:
         run = results(name)
         assert run["card"] in README
         for package in ("transformers", "trl", "peft", "bitsandbytes", "torch", "triton"):

@@ -536,7 +536,7 @@ _TABLE = {
 def tiles(capability: int, head_size: int, itemsize: int) -> Tiles | None:
     """The configuration for a card (``10 * major + minor``), or None if there is none.
 
-    How the table was chosen. For 90, by ``benchmarks/bench_attention.py --sweep`` on an H100, among
+    How the table was chosen. For 90, by ``benchmarks.bench_attention --sweep`` on an H100, among
     candidates whose registers and spills had been read from the cubin. For 80 and for 86 (which
     also serves 89, 120 and cards without an entry: 99 KiB of shared memory), from the cubin alone:
     what fits, computes no score twice (the matrix instructions of a loop are the tile's products),

@@ -1,0 +1,132 @@
+"""The README's tables, from the committed results alone.
+
+    python -m benchmarks.tables
+
+A table stands between ``<!-- kind: file.json ... -->`` and ``<!-- /kind -->``; what is between them
+is written anew from the files under ``benchmarks/results`` that the first one names. A test holds
+the README to what this writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.works import WORKS
+from gemma_accel.telemetry import peak_tflops
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+TABLE = re.compile(r"(<!-- (measured|media|attention): ([^>]+) -->\n).*?(<!-- /\2 -->)", re.S)
+
+STACKS = {"trl": "TRL", "liger": "TRL + Liger", "unsloth": "Unsloth"}
+MEDIA = {
+    "images": "two images of 280 soft tokens, 512 tokens of text",
+    "photos": "two padded photos of 266, 512 tokens of text",
+    "sound": "30 s of sound, 256 tokens of text",
+}
+
+Row = dict[str, Any]
+
+
+def render(readme: str, results: Path = HERE / "results") -> str:
+    """``readme`` with every marked table written from its files."""
+
+    def table(found: re.Match[str]) -> str:
+        begin, kind, names, end = found.groups()
+        files = [json.loads((results / name).read_text()) for name in names.split()]
+        return begin + "".join(f"{line}\n" for line in KINDS[kind](files)) + end
+
+    return TABLE.sub(table, readme)
+
+
+def _lines(head: str, rows: list[list[str]]) -> Iterator[str]:
+    yield f"| {head} |"
+    yield "|---" * (head.count("|") + 1) + "|"
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def _steps(files: list[Row]) -> Iterator[str]:
+    head = "work | stack | load, GiB | training, GiB | step, s | tokens/s | MFU | launches"
+    rows = [
+        [_work(row), _stack(row), *_figures(row, _stock(row, file), file["card"])]
+        for file in files
+        for row in file["rows"]
+    ]
+    return _lines(f"{head} | GPU busy, ms | against stock", rows)
+
+
+def _media(files: list[Row]) -> Iterator[str]:
+    head = "work | stack | load, GiB | training, GiB | step, s | launches"
+    rows = [
+        [MEDIA[row["work"]], _stack(row), *_figures(row, _stock(row, file))]
+        for file in files
+        for row in file["rows"]
+    ]
+    return _lines(f"{head} | GPU busy, ms | against stock", rows)
+
+
+def _attention(files: list[Row]) -> Iterator[str]:
+    rows = [
+        [row["case"], f"{row['stock_ms']:.2f}", f"{row['ours_ms']:.2f}", f"{row['speedup']:.1f}"]
+        for file in files
+        for row in file["rows"]
+    ]
+    return _lines("layer | stock, ms | here, ms | times", rows)
+
+
+KINDS = {"measured": _steps, "media": _media, "attention": _attention}
+
+
+def _work(row: Row) -> str:
+    weights = "" if WORKS[row["work"]].quantised else " in bf16"
+    return f"{row['model'].upper()}{weights}, {row['batch_size']} x {row['sequence_length']:,}"
+
+
+def _stack(row: Row) -> str:
+    if row["stack"] in STACKS:
+        return STACKS[row["stack"]]
+    if row.get("vram_gib"):
+        return f"gemma_accel, `vram_gib={row['vram_gib']:g}`"
+    return "gemma_accel, " + (f"all of {row['cap_gib']:g} GiB" if row["cap_gib"] else "no cap")
+
+
+def _stock(row: Row, file: Row) -> Row | None:
+    """Stock's row of the same work in the same run."""
+    rows = (r for r in file["rows"] if r["work"] == row["work"] and r["stack"] == "trl")
+    return next((r for r in rows if "step_s" in r), None)
+
+
+def _figures(row: Row, stock: Row | None, card: str | None = None) -> list[str]:
+    """A row's numbers; those for each token and the MFU only where there is a ``card``."""
+    tokens = card is not None
+    if "error" in row:
+        short = "out of memory" if "OutOfMemory" in row["error"] else "failed"
+        return [short] + [""] * (7 if tokens else 5)
+    figures = [f"{row['load_peak_gib']:.2f}", f"{row['peak_reserved_gib']:.2f}"]
+    figures.append(_cell(row, "step_s", ".3f"))
+    if tokens:
+        figures.append(_cell(row, "tokens_per_second", ",.0f"))
+        peak = peak_tflops(card)
+        timed = peak and "step_s" in row
+        figures.append(f"{row['train_tflop'] / row['step_s'] / peak:.1%}" if timed else "")
+    figures += [_cell(row, "launches", ",d"), _cell(row, "gpu_busy_ms", ",.0f")]
+    ratio = stock["step_s"] / row["step_s"] if stock and "step_s" in row else None
+    return [*figures, f"{ratio:.2f}" if ratio else "not measured"]
+
+
+def _cell(row: Row, name: str, form: str) -> str:
+    return f"{row[name]:{form}}" if name in row else ""
+
+
+def main() -> None:
+    README.write_text(render(README.read_text()))
+    print(f"{README.name}: {len(TABLE.findall(README.read_text()))} tables written")
+
+
+if __name__ == "__main__":
+    main()
