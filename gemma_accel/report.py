@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections import Counter
@@ -77,6 +78,30 @@ class Report:
             )
         return self._plan(batch_size=batch_size, sequence_length=sequence_length)
 
+    def obstacles(self) -> list[str]:
+        """Why patches cannot be taken out: a sentence for each place that somebody has wrapped
+        since.
+        """
+        return [reason for check in self._checks if (reason := check())]
+
+    def undos(self) -> list[Callable[[], None]]:
+        """What takes out each of `applied`, in its order."""
+        return self._undos[self._patches]
+
+    def exchange_undos(self, undos: list[Callable[[], None]]) -> None:
+        """For who has called all of `undos`, and installed the same patches again."""
+        self._undos[self._patches] = undos
+        self._checks[:] = [
+            functools.partial(_named, record.path, obstacle)
+            for record, undo in zip(self.applied, undos, strict=True)
+            if (obstacle := getattr(undo, "obstacle", None))
+        ]
+
+    @property
+    def _patches(self) -> slice:
+        """Of the undos: the first lets go of the report, those at the end undo what is no patch."""
+        return slice(1, 1 + len(self.applied))
+
     def restore(self, device: Any = None) -> None:
         """Give the stock model back: same classes, bitwise-same outputs. Twice is the same as once.
 
@@ -90,8 +115,9 @@ class Report:
         """
         from gemma_accel.errors import RestoreError
 
-        checks = [*self._checks, *([self._way_back.obstacle] if self._way_back else ())]
-        obstacles = [reason for check in checks if (reason := check())]
+        obstacles = self.obstacles()
+        if self._way_back is not None and (reason := self._way_back.obstacle()):
+            obstacles.append(reason)
         if obstacles:
             raise RestoreError(
                 "cannot restore, nothing was changed: "
@@ -164,3 +190,7 @@ class Report:
         yield table
         for topic, text in self.notes.items():
             yield f"{topic}: {text}"
+
+
+def _named(path: str, obstacle: Callable[[], str | None]) -> str | None:
+    return f"{path}: {reason}" if (reason := obstacle()) else None
