@@ -64,19 +64,24 @@ class Comparison:
 
     def _record(self) -> None:
         """The stock runs, which everything else is compared with."""
+        odd = self._run_stock()
+        if odd is not None and self.precision.loss_scale > 1:
+            self.precision.loss_scale = 1.0
+            odd = self._run_stock()
+        if odd is not None:
+            raise VerificationError(
+                f"the stock model's own {odd.not_finite()} is not finite, on {odd.name}: there is "
+                "nothing to compare with. Check the weights, or use bfloat16."
+            )
+
+    def _run_stock(self) -> Probe | None:
+        """Returns the first batch that gave something that is not finite."""
         for probe in self.probes:
+            probe.tape.clear()
             self._run(probe, "record")
-            wrong = probe.not_finite()
-            if wrong and self.precision.loss_scale > 1:
-                self.precision.loss_scale = 1.0
-                probe.tape.clear()
-                self._run(probe, "record")
-                wrong = probe.not_finite()
-            if wrong:
-                raise VerificationError(
-                    f"the stock model's own {wrong} is not finite, on {probe.name}: there is "
-                    "nothing to compare with. Check the weights, or use bfloat16."
-                )
+            if probe.not_finite():
+                return probe
+        return None
 
     def _measure_noise(self) -> None:
         modes: tuple[Mode, ...] = ("free", "held")
@@ -89,20 +94,20 @@ class Comparison:
 
     def _one_by_one(self) -> list[Row]:
         rows = []
-        bad: set[str] = set()
+        bad: list[str] = []
         for patch in self.installation.in_order():
             row = self._try(patch, bad)
             if not row.ok:
-                bad.add(patch.name)
+                bad.append(patch.name)
             rows.append(row)
         return rows
 
-    def _try(self, patch: Patch, bad: set[str]) -> Row:
+    def _try(self, patch: Patch, bad: list[str]) -> Row:
         places = self.installation.of(patch)
         about = patch.name, patch.modality, len(places)
-        needed = {patch.needs(place.module) for place in places} & bad
-        if needed:
-            return Row(*about, reason=f"not tried: it needs {needed.pop()!r}", tried=False)
+        needs = {patch.needs(place.module) for place in places}
+        if needed := [name for name in bad if name in needs]:
+            return Row(*about, reason=f"not tried: it needs {needed[0]!r}", tried=False)
         if patch.name in CORRECTIONS:
             return Row(*about, note="not compared: it mends stock", tried=False)
         concerned = {modality_of(place.path) for place in places}

@@ -46,12 +46,16 @@ class Precision:
     def __init__(self, base: nn.Module) -> None:
         self.unit = torch.finfo(torch.float32).eps
         self.loss_scale = 1.0
+        self._met: set[torch.dtype] = set()
         self.meet(text_model(base).embed_tokens.weight.dtype)
         for module in base.modules():
             if (dtype := getattr(module, "compute_dtype", None)) is not None:  # an NF4 layer's
                 self.meet(dtype)
 
     def meet(self, dtype: torch.dtype) -> None:
+        if dtype in self._met:
+            return  # its loss scale may have been given up since
+        self._met.add(dtype)
         self.unit = max(self.unit, torch.finfo(dtype).eps)
         if dtype is torch.float16:
             self.loss_scale = 128.0  # as a scaler would: float16 has no small gradients
