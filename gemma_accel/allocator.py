@@ -20,36 +20,57 @@ import torch
 __all__ = ["expand_segments", "hold_to"]
 
 _SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-_expanding = False
+# several models of one process share its allocator: who wants what of it, until they let go
+_caps: dict[int, dict[object, float]] = {}
+"""By device, the fractions of its memory that are asked for, that of before the first among them.
+"""
+_growing: set[object] = set()
 
 
 def hold_to(gib: float, device: torch.device) -> Callable[[], None]:
-    """Hold the allocator to ``gib``, unless it is held to less already; returns the undo."""
+    """Hold the allocator to ``gib``, unless it is held to less already; returns the undo.
+
+    Of several limits the least holds, and each for as long as it is not undone.
+    """
     index = device.index if device.type == "cuda" else None
-    before = torch.cuda.get_per_process_memory_fraction(index)
-    total = torch.cuda.get_device_properties(index or torch.cuda.current_device()).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(before, gib * 2**30 / total), index)
-    return functools.partial(torch.cuda.set_per_process_memory_fraction, before, index)
+    index = torch.cuda.current_device() if index is None else index
+    total = torch.cuda.get_device_properties(index).total_memory
+    asked = _caps.setdefault(index, {"before": torch.cuda.get_per_process_memory_fraction(index)})
+    holder = object()
+    asked[holder] = gib * 2**30 / total
+    torch.cuda.set_per_process_memory_fraction(min(asked.values()), index)
+    return functools.partial(_let_go, index, asked, holder)
+
+
+def _let_go(index: int, asked: dict[object, float], holder: object) -> None:
+    if asked.pop(holder, None) is None:
+        return
+    torch.cuda.set_per_process_memory_fraction(min(asked.values()), index)
+    if len(asked) == 1:
+        del _caps[index]
 
 
 def expand_segments() -> Callable[[], None]:
-    """Let the allocator's segments grow from now on; returns the undo.
+    """Let the allocator's segments grow from now on, until nobody needs it any more; returns the
+    undo.
 
     Not where the user has set the allocator up (``PYTORCH_CUDA_ALLOC_CONF``), nor where the driver
     cannot be trusted with it: outside Linux, and on WSL2 (pytorch/pytorch issue 192330).
     """
-    global _expanding
-    if _expanding or not torch.cuda.is_available() or not _may_expand():
+    if not torch.cuda.is_available() or not _may_expand():
         return lambda: None
-    _set("expandable_segments:True")
-    _expanding = True
-    return _stop_expanding
+    if not _growing:
+        _set("expandable_segments:True")
+    holder = object()
+    _growing.add(holder)
+    return functools.partial(_stop_expanding, holder)
 
 
-def _stop_expanding() -> None:
-    global _expanding
-    _set("expandable_segments:False")
-    _expanding = False
+def _stop_expanding(holder: object) -> None:
+    if holder in _growing:
+        _growing.remove(holder)
+        if not _growing:
+            _set("expandable_segments:False")
 
 
 def _may_expand() -> bool:

@@ -43,10 +43,9 @@ def on_applied(
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
 
     report._undos.append(accept_loss_kwargs(base))
-    let_go = hold_trainer_wrappers()
-    weakref.finalize(base, let_go)  # a model that is dropped without `restore` lets go too
-    report._undos.append(let_go)
-    report._undos.append(allocator.expand_segments())
+    for let_go in (hold_trainer_wrappers(), allocator.expand_segments()):
+        _when_dropped(base, let_go)
+        report._undos.append(let_go)
     report._undos.append(report._uncap)
     report._undos.append(guards.guard_model(base, report))
     live_in(base, report, budget, capped=capped)
@@ -54,6 +53,11 @@ def on_applied(
     text = text_model(base)
     if hasattr(model, "peft_config") and isinstance(text, FusedGemma4TextModel):
         report.note("per-layer table", settle_table(text, model_device(base)))
+
+
+def _when_dropped(base: nn.Module, let_go: Callable[[], None]) -> None:
+    """A model that is dropped without `restore` lets go too; a process that ends need not."""
+    weakref.finalize(base, let_go).atexit = False
 
 
 class _WayBack:
@@ -92,6 +96,7 @@ def live_in(base: nn.Module, report: Report, budget: float | None, *, capped: bo
     if capped and budget is not None and torch.cuda.is_available():
         report._uncap()
         report._cap = allocator.hold_to(budget, model_device(base))
+        _when_dropped(base, report._cap)
         report.note("memory", f"the allocator is held to {budget:g} GiB")
     policy = getattr(text_model(base), "memory", None)
     if policy is not None and budget is not None:
