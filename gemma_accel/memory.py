@@ -23,6 +23,7 @@ __all__ = [
     "arrange",
     "between_layers_bytes",
     "choose_modes",
+    "evaluation_bytes",
     "graph_bytes",
     "head_groups",
     "head_tile",
@@ -327,3 +328,29 @@ def arrange(
         if peak_bytes(layers, modes, tokens, 0, itemsize) <= beside:
             return Arrangement(modes, True, tile)
     return Arrangement(choose_modes(layers, tokens, available, loss, itemsize), False, tile)
+
+
+def evaluation_bytes(
+    layers: Sequence[LayerShape],
+    chosen: Arrangement,
+    train_tokens: int,
+    shape: tuple[int, int],
+    vocabulary: int,
+    itemsize: int = 2,
+) -> int:
+    """The most that activations take in a forward without gradients, of a batch of ``shape`` (rows,
+    length): one layer's at a time, or the LM head's, beside the keys and values that are shared.
+
+    ``chosen`` is how batches of ``train_tokens`` are trained: a module stays as that left it.
+    """
+    tokens, hidden = shape[0] * shape[1], layers[0].hidden
+    widest = 0
+    for layer, mode in zip(layers, chosen.modes, strict=True):
+        _, tile = mlp_schedule(mode, train_tokens)
+        mlp = 3 * min(tokens, tile or tokens) * layer.mlp
+        widest = max(widest, mlp, tokens * (3 * layer.queries + 4 * layer.keys))
+    layer_work = widest + 4 * tokens * hidden
+    head = min(tokens, chosen.head_tile) * min(vocabulary, 32768) + tokens * hidden
+    keeping = [Mode.KEEP] * len(layers)  # no gradients of shared keys and values
+    between = between_layers_bytes(layers, keeping, *shape, itemsize)
+    return max(layer_work, head) * itemsize + between

@@ -33,11 +33,11 @@ from gemma_accel.memory import (
     Mode,
     arrange,
     between_layers_bytes,
+    evaluation_bytes,
     graph_bytes,
     kept_bytes,
     layer_shapes,
     loss_bytes,
-    mlp_schedule,
     transient_bytes,
 )
 
@@ -531,20 +531,13 @@ def _load_peak(run: _Run) -> float:
 
 
 def _eval_peak(run: _Run, choice: Arrangement, length: int, train_tokens: int) -> float:
-    """One layer's forward at a time, shared keys and values, the head in chunks; no gradients."""
-    tokens, text = EVAL_BATCH * length, run.counts.text
-    widest = 0
-    for layer, mode in zip(run.counts.layers, choice.modes, strict=True):
-        _, tile = mlp_schedule(mode, train_tokens)  # a module stays as training left it
-        mlp = 3 * min(tokens, tile or tokens) * layer.mlp
-        widest = max(widest, mlp, tokens * (3 * layer.queries + 4 * layer.keys))
-    hidden = tokens * text.hidden_size
-    layer_work = (widest + 4 * hidden) * ITEMSIZE + _experts_bytes(run, tokens, backward=False)
-    head = (min(tokens, choice.head_tile) * min(text.vocab_size, 32768) + hidden) * ITEMSIZE
-    keeping = _all(run, Mode.KEEP)  # no gradients of shared keys and values
-    between = _between_layers(run, keeping, EVAL_BATCH, length)
-    fixed = _resident(run) - _trained(run)["gradients"]
-    return _reserved(run, fixed, max(layer_work, head) + between)
+    """Captured graphs are not counted: they go where an evaluation does not fit beside them."""
+    counts, shape = run.counts, (EVAL_BATCH, length)
+    passing = evaluation_bytes(
+        counts.layers, choice, train_tokens, shape, counts.text.vocab_size, ITEMSIZE
+    )
+    passing += _experts_bytes(run, EVAL_BATCH * length, backward=False)
+    return _reserved(run, _resident(run) - _trained(run)["gradients"], passing)
 
 
 # --- stock, for comparison ---

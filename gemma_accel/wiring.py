@@ -297,9 +297,8 @@ def _tell_policy(trainer: Any) -> None:
                 seen[tensor.untyped_storage().data_ptr()] = (tensor.nbytes, tensor.requires_grad)
     weights = sum(nbytes for nbytes, _ in seen.values())
     trained = sum(nbytes for nbytes, is_trained in seen.values() if is_trained)
-    policy.trained = trained
     # a gradient and two moments, at most in the parameter's own dtype
-    policy.fixed = weights + trained * 3
+    policy.set_fixed(weights + trained * 3, trained)
 
 
 def _scales(state: Any) -> Iterator[torch.Tensor]:

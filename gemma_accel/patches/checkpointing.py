@@ -27,6 +27,7 @@ from gemma_accel.memory import (
     Mode,
     arrange,
     between_layers_bytes,
+    evaluation_bytes,
     head_groups,
     layer_shapes,
     loss_bytes,
@@ -81,6 +82,14 @@ class MemoryPolicy:
         """Live in ``nbytes`` from the next forward on."""
         self.budget = nbytes
         self._choose_anew()
+
+    def set_fixed(self, fixed: int, trained: int) -> None:
+        """What of it is taken whatever the batch, and how much of that are trained parameters, in
+        bytes.
+        """
+        if (fixed, trained) != (self.fixed, self.trained):
+            self.fixed, self.trained = fixed, trained
+            self._choose_anew()
 
     def give_up_graphs(self) -> None:
         """No layers will be captured any more."""
@@ -154,6 +163,27 @@ class MemoryPolicy:
         held = torch.cuda.memory_reserved(hidden.device)
         return held + loss + self.trained - self.budget
 
+    def evaluation_fits(self, hidden: Tensor, captured: Tensor, graphs: int) -> bool:
+        """Whether a forward without gradients, of ``hidden`` [B, T, D], fits beside the graphs of a
+        batch like ``captured``, which hold so many bytes.
+        """
+        assert self.budget is not None
+        chosen = self.arrangement(captured)
+        needed = evaluation_bytes(
+            self.shapes,
+            chosen,
+            captured.shape[0] * captured.shape[1],
+            (hidden.shape[0], hidden.shape[1]),
+            self.vocabulary,
+            hidden.element_size(),
+        )
+        held = max(self.fixed, torch.cuda.memory_allocated(hidden.device))
+        return held + graphs + needed <= self.budget * (1 - SLACK)
+
+    def join_inputs(self) -> None:
+        """Before a capture ends early: copies that are under way in it end there too."""
+        self._inputs.join()
+
     def part_with_inputs(self) -> OffloadedInputs:
         """The host buffers, for graphs that were just captured with them; the next eager step makes
         its own.
@@ -191,16 +221,17 @@ class MemoryPolicy:
         mode = chosen.modes[layer.layer_idx]
         if layer.layer_idx == 0:
             set_head_tile(chosen.head_tile)
+            self._inputs.begin()
         mlp = layer.mlp
         mlp.keep, mlp.tile = mlp_schedule(mode, hidden.shape[0] * hidden.shape[1])
         layer.self_attn.groups = head_groups(mode, self.shapes[layer.layer_idx].heads)
         # no random numbers are drawn in a layer without dropout: their state need not be saved and
         # put back around every one
         again = functools.partial(stock, preserve_rng_state=_draws(layer))
-        if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP):
+        if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP) or not _has_backward(layer, hidden):
             out = forward(hidden, *rest)
         elif mode in AWAY and hidden.is_cuda:
-            out = self._inputs.run(again, forward, hidden, *rest, first=layer.layer_idx == 0)
+            out = self._inputs.run(again, forward, hidden, *rest)
         else:
             out = again(forward, hidden, *rest)
         if layer.layer_idx == len(self.shapes) - 1:
@@ -210,6 +241,11 @@ class MemoryPolicy:
 
 def _key(hidden: Tensor) -> tuple[int, ...]:
     return (*hidden.shape, hidden.element_size())
+
+
+def _has_backward(layer: Any, hidden: Tensor) -> bool:
+    """False below everything that is trained."""
+    return hidden.requires_grad or any(p.requires_grad for p in layer.parameters())
 
 
 def _draws(layer: Any) -> bool:

@@ -19,7 +19,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +76,13 @@ class _Captured:
         torch.cuda.synchronize(device)
         _empty()
 
-        how: dict[str, Any] = dict(
-            pool=torch.cuda.graph_pool_handle(), stream=aside, capture_error_mode="thread_local"
-        )
+        pool, join = torch.cuda.graph_pool_handle(), text.memory.join_inputs
+        held = torch.cuda.memory_reserved(device)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward_graph, **how):
+        with _capturing(self.forward_graph, pool, aside, join):
             out = forward()
         self.grad_out = torch.empty_like(out)
-        with torch.cuda.graph(self.backward_graph, **how):
+        with _capturing(self.backward_graph, pool, aside, join):
             grads = backward(out, self.grad_out)
             of_parameters = grads[: len(self.parameters)]
             self.shapes = [
@@ -103,6 +102,7 @@ class _Captured:
         self.grad_hidden = grads[-1] if hidden.requires_grad else None
         self.out = out.detach()
         self.offloaded = text.memory.part_with_inputs()  # host memory that the graphs copy to
+        self.nbytes = torch.cuda.memory_reserved(device) - held
 
     def gradients(self) -> list[Tensor | None]:
         """The parameters' gradients of the backward that just ran, in memory of their own."""
@@ -127,6 +127,45 @@ def _empty() -> None:
     """
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def _capturing(
+    graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream, join: Callable[[], None]
+) -> Iterator[None]:
+    """`torch.cuda.graph`, but one after whose failure the process goes on as if nothing had been.
+
+    That one leaves the capture's stream current, and PyTorch's allocator, where the capture's end
+    fails too, for good convinced that a capture is under way: it then keeps what it has cached, and
+    every block that another stream has used. ``join`` makes ``stream`` wait for the others.
+    """
+    torch.cuda.synchronize(stream.device)
+    torch.cuda.empty_cache()
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                join()
+                graph.capture_end()
+            _abandon(graph, pool, stream.device_index)
+            raise
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            _abandon(graph, pool, stream.device_index)
+            raise
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any, device: int) -> None:
+    """Do what `CUDAGraph.capture_end` has not got to, if it failed."""
+    with contextlib.suppress(RuntimeError):  # an error where it did get there
+        torch._C._cuda_endAllocateToPool(device, pool)
+    try:
+        graph.pool()  # an ended capture gives its pool back when the graph goes
+    except RuntimeError:
+        torch._C._cuda_releasePool(device, pool)
 
 
 @contextlib.contextmanager
@@ -213,6 +252,20 @@ class _Watch:
             self._event = None
 
 
+class _Key(NamedTuple):
+    """Everything that a captured graph takes for granted."""
+
+    hidden: tuple[torch.Size, torch.dtype, bool]
+    inputs: tuple[tuple[torch.Size, torch.dtype] | None, ...]
+    autocast: tuple[bool, torch.dtype]
+    linears: tuple[Any, ...]
+    trained: tuple[int, ...]
+    hooked: bool
+    checkpointing: tuple[bool, ...]
+    table: Any
+    budget: tuple[int | None, int]
+
+
 class StackGraphs:
     """One text model's: decides at its first layer whether a forward is replayed."""
 
@@ -242,9 +295,12 @@ class StackGraphs:
             return self._serve_another(layer.layer_idx, hidden)
         self._serving = False
         self._watch.begin(0)
-        if self.off or not (hidden.is_cuda and layer.training and torch.is_grad_enabled()):
+        if self.off or not hidden.is_cuda:
             return None
         text = self._text()
+        if not (layer.training and torch.is_grad_enabled()):
+            self._make_room(text, hidden)
+            return None
         rest = self._inputs(text, hidden, per_layer_input, kwargs)
         if rest is None or (self._captured is not None and self._is_waiting()):
             return None
@@ -295,6 +351,17 @@ class StackGraphs:
         self._captured = None
         _empty()
 
+    def _make_room(self, text: Any, hidden: Tensor) -> None:
+        """For an evaluation, where it does not fit beside the graphs; the next step captures them
+        again.
+        """
+        captured = self._captured
+        if captured is None or self._is_waiting():
+            return
+        if not text.memory.evaluation_fits(hidden, captured.hidden, captured.nbytes):
+            self._release()
+            self._captures -= 1  # it was none that something changed for
+
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """The stream that captures run on: one, for libraries keep workspaces a stream."""
         if self._stream is None or self._stream.device != device:
@@ -333,10 +400,7 @@ class StackGraphs:
                 return None
         return ids, mask, kwargs.get("position_ids")
 
-    def _key_of(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> Any:
-        """Everything that a captured graph took for granted."""
-        shapes = tuple(None if t is None else (t.shape, t.dtype) for t in rest)
-        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    def _key_of(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> _Key:
         linears = [
             None if (linear := getattr(owner, name, None)) is None else _identity(linear)
             for layer in text.layers
@@ -347,26 +411,31 @@ class StackGraphs:
             )
             for name in names
         ]
-        checkpointing = tuple(layer.gradient_checkpointing for layer in text.layers)
-        table = getattr(text, "embed_tokens_per_layer", None)
-        return (
-            hidden.shape,
-            hidden.dtype,
-            hidden.requires_grad,
-            shapes,
-            autocast,
-            tuple(linears),
-            checkpointing,
-            _identity_of_table(table),
+        modules = list(_captured_modules(text))
+        return _Key(
+            hidden=(hidden.shape, hidden.dtype, hidden.requires_grad),
+            inputs=tuple(None if t is None else (t.shape, t.dtype) for t in rest),
+            autocast=(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
+            linears=tuple(linears),
+            trained=tuple(
+                id(p)
+                for m in modules
+                for p in m._parameters.values()
+                if p is not None and p.requires_grad
+            ),
+            hooked=any(
+                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules
+            ),
+            checkpointing=tuple(layer.gradient_checkpointing for layer in text.layers),
+            table=_identity_of_table(getattr(text, "embed_tokens_per_layer", None)),
+            budget=(text.memory.budget, text.memory.fixed),
         )
 
     def _capture(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> bool:
         """Capture, again with less memory where it turns out to be too little; whether it is
         done.
         """
-        if any(isinstance(linear, str) for linear in self._key[5]) or any(
-            _has_hooks(layer) for layer in text.layers
-        ):
+        if self._key.hooked or any(isinstance(linear, str) for linear in self._key.linears):
             self._turn_off("a layer is watched by a hook, or is not read by the fused step")
             return False
         while text.memory.graphs_fit(hidden, host_bound=self._watch.host_bound):
@@ -381,7 +450,6 @@ class StackGraphs:
                 self._captured = self._capture_once(text, hidden, rest)
                 short = text.memory.shortfall(hidden)
             except RuntimeError as error:
-                text.memory.part_with_inputs()  # in whatever state the capture left it
                 if not _is_out_of_memory(error):
                     failed = f"capturing failed: {str(error).splitlines()[0]}"
             if short <= 0:
@@ -396,7 +464,7 @@ class StackGraphs:
     def _capture_once(
         self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]
     ) -> _Captured:
-        enabled, dtype = self._key[4]
+        enabled, dtype = self._key.autocast
         # what the collector would free in the middle of a capture (another model's locked memory)
         # may not be freed there
         collecting = gc.isenabled()
@@ -409,6 +477,9 @@ class StackGraphs:
                 _fresh(_captured_modules(text)) as parameters,
             ):
                 return _Captured(self, text, hidden, rest, parameters)
+        except BaseException:
+            text.memory.part_with_inputs()  # in whatever state the capture left it
+            raise
         finally:
             self._inside = False
             if collecting:
@@ -456,10 +527,15 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _captured_modules(text: Any) -> Iterator[nn.Module]:
-    """All whose forward a capture holds."""
-    for owner in (text.layers, *(getattr(text, name, None) for name in _CONTEXT)):
-        if owner is not None:
-            yield from owner.modules()
+    """All whose forward a capture holds. (`Module.modules()` takes five times as long, at every
+    step.)
+    """
+    found = [getattr(text, name, None) for name in ("layers", *_CONTEXT)]
+    while found:
+        module = found.pop()
+        if module is not None:
+            yield module
+            found.extend(module._modules.values())
 
 
 def _identity(linear: nn.Module) -> Any:
@@ -484,9 +560,3 @@ def _identity_of_table(table: Any) -> Any:
     if isinstance(table, HostPerLayerEmbedding) and table.host is not None:
         return weakref.ref(table.host)
     return table.weight.data_ptr()
-
-
-def _has_hooks(layer: nn.Module) -> bool:
-    return any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in layer.modules()
-    )

@@ -65,6 +65,8 @@ class _Slot:
         if self.below is not None:
             self.below.fetch()
         self.below = None
+        if self.owner._last is self:
+            self.owner._last = None  # it would keep this copy until the next forward
         return self.copy
 
 
@@ -112,26 +114,32 @@ class OffloadedInputs:
             torch.cuda.current_stream(tensor.device).wait_event(sent)
             self._leaving = None
 
+    def join(self) -> None:
+        """Make the current stream's capture wait for the copies in it: one that ends without them
+        fails.
+        """
+        for stream in self._streams.values():
+            with torch.cuda.stream(stream):
+                capturing = torch.cuda.is_current_stream_capturing()
+            if capturing:
+                torch.cuda.current_stream(stream.device).wait_stream(stream)
+
     def let_go(self) -> None:
         """Of the last input that came by, which knows its owner: what refers to itself stays until
         Python collects it, and locked memory with it.
         """
         self._last = self._leaving = None
 
+    def begin(self) -> None:
+        """A forward starts: its inputs have none below them."""
+        self._last = None
+
     def run(
-        self,
-        stock: Callable[..., Any],
-        forward: Callable[..., Any],
-        hidden: Tensor,
-        *rest: Any,
-        first: bool,
+        self, stock: Callable[..., Any], forward: Callable[..., Any], hidden: Tensor, *rest: Any
     ) -> Any:
         """``stock(forward, hidden, *rest)``, a non-reentrant checkpoint, with ``hidden`` away until
-        backward. ``first``: layer 0.
+        backward.
         """
-        if first:
-            self._last = None
-
         with torch.autograd.graph.saved_tensors_hooks(self._pack(hidden.data_ptr()), _unpack):
             return stock(forward, hidden, *rest)
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from gemma_accel.patches.graphs import _fresh, _is_out_of_memory, _Watch
+import gemma_accel
+from gemma_accel.memory import HEAD_TILE, Arrangement, Mode
+from gemma_accel.patches.graphs import (
+    StackGraphs,
+    _capturing,
+    _fresh,
+    _is_out_of_memory,
+    _Watch,
+)
+from tests.tiny import LANGUAGE, tiny_model
 
 
 class Tied(nn.Module):
@@ -80,3 +93,164 @@ def test_who_waits_for_whom_is_seen_from_an_event_near_the_end(monkeypatch, pass
     for index in range(1, 10):
         watch.pass_layer(index)
     assert watch.host_bound is passed
+
+
+class _Graph:
+    """A `CUDAGraph` whose end may fail; ``pool`` answers once it has ended, as torch's does."""
+
+    def __init__(self, log, fails):
+        self.log, self.fails, self.ended = log, fails, False
+
+    def capture_begin(self, pool, capture_error_mode):
+        self.log.append("begin")
+
+    def capture_end(self):
+        self.log.append("end")
+        if self.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.ended = True
+
+    def pool(self):
+        if not self.ended:
+            raise RuntimeError("no preceding successful capture")
+        return (0, 1)
+
+
+class TestCapturing:
+    @pytest.fixture
+    def log(self, monkeypatch):
+        """What is done, on a machine that can do none of it."""
+        log = []
+
+        @contextlib.contextmanager
+        def stream(stream):
+            log.append("stream in")
+            try:
+                yield
+            finally:
+                log.append("stream out")
+
+        def end_allocate(device, pool):
+            if "end" in log and not self.fails:
+                raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+            log.append("end allocate")
+
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "stream", stream)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end_allocate)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *_: log.append("release"))
+        return log
+
+    def capture(self, log, error=None, fails=False):
+        self.fails = fails
+        stream = SimpleNamespace(device="cuda:0", device_index=0)
+        with _capturing(_Graph(log, fails), (0, 1), stream, lambda: log.append("join")):
+            log.append("body")
+            if error is not None:
+                raise error
+
+    def test_ends_and_leaves_the_stream(self, log):
+        self.capture(log)
+        assert log == ["stream in", "begin", "body", "end", "stream out"]
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError("too little"), KeyboardInterrupt()])
+    def test_joins_the_copies_and_ends_where_the_body_fails(self, log, error):
+        with pytest.raises(type(error)):
+            self.capture(log, error)
+        assert log == ["stream in", "begin", "body", "join", "end", "stream out"]
+
+    @pytest.mark.parametrize("error", [None, torch.OutOfMemoryError("too little")])
+    def test_does_what_an_end_that_fails_leaves_undone(self, log, error):
+        with pytest.raises(type(error) if error else RuntimeError):
+            self.capture(log, error, fails=True)
+        assert log[-3:] == ["end allocate", "release", "stream out"]
+
+
+@pytest.fixture
+def stack():
+    """A text model with adapters, and graphs of it that nothing was captured for."""
+    model = tiny_model("causal")
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE))
+    gemma_accel.apply(peft, vram_gib=1.0)
+    return model.model, StackGraphs(model.model)
+
+
+HIDDEN = torch.zeros(2, 8, 16)
+
+
+class TestWhatAGraphTakesForGranted:
+    def test_is_the_same_at_the_next_step(self, stack):
+        text, graphs = stack
+        assert graphs._key_of(text, HIDDEN, ()) == graphs._key_of(text, HIDDEN, ())
+
+    @pytest.mark.parametrize(
+        "module", [lambda text: text.layers[1].mlp, lambda text: text.per_layer_projection_norm]
+    )
+    def test_no_hook(self, stack, module):
+        text, graphs = stack
+        before = graphs._key_of(text, HIDDEN, ())
+        hook = module(text).register_forward_hook(lambda *_: None)
+        assert graphs._key_of(text, HIDDEN, ()) != before
+        hook.remove()
+        assert graphs._key_of(text, HIDDEN, ()) == before
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "layers.2.mlp.down_proj.base_layer",
+            "layers.0.input_layernorm",
+            "per_layer_model_projection",
+        ],
+    )
+    def test_what_is_trained(self, stack, name):
+        text, graphs = stack
+        before = graphs._key_of(text, HIDDEN, ())
+        text.get_submodule(name).weight.requires_grad_(True)
+        assert graphs._key_of(text, HIDDEN, ()) != before
+
+    def test_the_memory_to_live_in(self, stack):
+        text, graphs = stack
+        before = graphs._key_of(text, HIDDEN, ())
+        text.memory.set_budget(1 << 29)
+        assert graphs._key_of(text, HIDDEN, ()) != before
+
+
+class TestAnEvaluation:
+    @pytest.fixture
+    def graphs(self, stack, monkeypatch):
+        text, graphs = stack
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        text.memory.forced = Arrangement([Mode.KEEP] * 5, graphed=True, head_tile=HEAD_TILE)
+        graphs._captured = SimpleNamespace(hidden=HIDDEN, nbytes=1 << 20, waiting=None)
+        graphs._captures = 1
+        return graphs
+
+    def fill(self, text, hidden):
+        """Leave just too little for ``hidden`` beside the graphs."""
+        memory = text.memory
+        for power in range(10, 40):
+            memory.set_budget(1 << power)
+            if memory.evaluation_fits(hidden, HIDDEN, 1 << 20):
+                memory.set_budget(1 << (power - 1))
+                return
+
+    def test_of_the_training_batchs_size_runs_beside_the_graphs(self, stack, graphs):
+        graphs._make_room(stack[0], HIDDEN)
+        assert graphs._captured is not None
+
+    def test_that_does_not_fit_beside_them_sends_them_away_until_the_next_step(self, stack, graphs):
+        hidden = torch.empty(64, 512, 16)
+        self.fill(stack[0], hidden)
+        graphs._make_room(stack[0], hidden)
+        assert graphs._captured is None and graphs._captures == 0 and not graphs.off
+
+    def test_leaves_graphs_alone_that_wait_for_their_backward(self, stack, graphs):
+        hidden = torch.empty(64, 512, 16)
+        self.fill(stack[0], hidden)
+        graphs._captured.waiting = lambda: self
+        graphs._make_room(stack[0], hidden)
+        assert graphs._captured is not None

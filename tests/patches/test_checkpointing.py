@@ -292,6 +292,42 @@ def on_the_gpu(mode):
     return peft, {k: v.cuda() for k, v in batch((400, 400)).items()}
 
 
+@pytest.mark.usefixtures("references")
+def test_layers_below_all_adapters_keep_nothing(executions):
+    model = tiny_model("causal")
+    peft = get_peft_model(
+        model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], layers_to_transform=[3, 4])
+    )
+    gemma_accel.apply(peft, vram_gib=1.0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.disable_input_require_grads()
+    force(model, [Mode.RECOMPUTE] * 5)
+    kept = []
+    hidden = 2 * 11 * model.config.hidden_size
+
+    def keep(tensor):
+        kept.append(tensor.numel() == hidden)
+        return tensor
+
+    inputs = batch((11, 11))["input_ids"]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = peft.model.model(input_ids=inputs, use_cache=False).last_hidden_state
+    assert sum(kept) <= 2 + 2  # two layers' inputs, and the final norm's
+    out.sum().backward()
+    assert executions == [1, 1, 1, 2, 2]
+
+
+@pytest.mark.usefixtures("references")
+def test_another_figure_of_what_is_taken_chooses_anew():
+    model, _ = adapted()
+    memory = model.model.memory
+    memory.chosen[(1,)] = Arrangement([Mode.KEEP] * 5, graphed=False, head_tile=HEAD_TILE)
+    memory.set_fixed(memory.fixed, memory.trained)
+    assert memory.chosen
+    memory.set_fixed(memory.fixed + 1, memory.trained)
+    assert not memory.chosen
+
+
 @pytest.mark.gpu
 def test_offloading_on_a_gpu_gives_the_same_gradients_and_holds_less():
     results = {}
@@ -300,6 +336,8 @@ def test_offloading_on_a_gpu_gives_the_same_gradients_and_holds_less():
         for _ in range(2):  # the second step reuses the host buffers
             _, grads = gradients(peft, inputs)
         results[mode] = grads
+        # it would keep the last layer's input on the device
+        assert text(peft.get_base_model()).memory._inputs._last is None
     for name, expected in results[Mode.RECOMPUTE].items():
         assert torch.equal(results[Mode.OFFLOAD][name], expected), name
 

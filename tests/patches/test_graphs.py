@@ -239,6 +239,72 @@ def test_a_capture_that_runs_out_of_memory_is_tried_again_with_less(pair, monkey
         same(step(peft, seed), step(pair[0], seed))
     assert policy.withheld > 0 and captured(peft) is not None
     assert not text(peft).layers[0].graphs.off
+    assert_as_if_nothing_had_been()
+
+
+def assert_as_if_nothing_had_been():
+    """After a capture that failed: the stream is the usual one, and cached memory can go."""
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    block = torch.empty(256 << 20, device="cuda", dtype=torch.uint8)
+    side = torch.cuda.Stream()
+    block.record_stream(side)
+    held = torch.cuda.memory_reserved()
+    del block
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert held - torch.cuda.memory_reserved() >= 256 << 20
+
+
+def test_a_capture_that_ends_with_copies_under_way_leaves_no_trace(pair, monkeypatch):
+    peft = pair[1]
+    layer, failing = text(peft).layers[1], [True]
+    stock = layer.mlp.forward
+
+    def forward(*args, **kwargs):
+        if torch.cuda.is_current_stream_capturing() and failing:
+            failing.clear()
+            raise KeyboardInterrupt
+        return stock(*args, **kwargs)
+
+    for seed in range(STEADY):
+        step(peft, seed)
+    monkeypatch.setattr(layer.mlp, "forward", forward)
+    with pytest.raises(KeyboardInterrupt):
+        step(peft, STEADY)
+    assert_as_if_nothing_had_been()
+    for seed in range(2):
+        same(step(peft, seed), step(pair[0], seed))
+    assert captured(peft) is not None
+
+
+def test_what_changes_after_a_capture_is_noticed(pair):
+    warm(pair)
+    seen = []
+    for peft in pair:
+        norm = text(peft).layers[1].input_layernorm.weight
+        norm.requires_grad_(True)
+    mine, other = step(pair[1], 3), step(pair[0], 3)
+    assert any("layers.1.input_layernorm" in name for name in mine[1])
+    same(mine, other)
+    hook = text(pair[1]).layers[2].mlp.register_forward_hook(lambda *_: seen.append(1))
+    step(pair[1], 4)
+    hook.remove()
+    assert seen
+
+
+def test_an_evaluation_that_does_not_fit_beside_the_graphs_runs_without_them(pair):
+    warm(pair)
+    peft, policy = pair[1], text(pair[1]).memory
+    graphs = text(peft).layers[0].graphs
+    held, captures = torch.cuda.memory_reserved(), graphs._captures
+    policy.budget = 1 << 20
+    graphs._key = graphs._key._replace(budget=(policy.budget, policy.fixed))
+    with torch.no_grad():
+        peft.eval()(**{k: v.cuda() for k, v in batch((24, 24)).items()})
+    peft.train()
+    assert captured(peft) is None and torch.cuda.memory_reserved() < held
+    same(step(peft, 8), step(pair[0], 8))
+    assert captured(peft) is not None and graphs._captures == captures
 
 
 def test_an_eager_step_between_a_captured_forward_and_its_backward_has_buffers_of_its_own(pair):
