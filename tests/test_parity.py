@@ -196,15 +196,19 @@ def test_thirty_steps_end_where_stock_ends(lora):
     assert relative(weights, expected_weights) <= 4 * spread
 
 
+@pytest.mark.parametrize("lengths", [(9,), (9, 5)], ids=["one row", "padded"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_generates_the_same_tokens(side, use_cache):
-    """Past the sliding window, padded either side, with and without a cache."""
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+def test_generates_the_same_tokens(side, cache, lengths):
+    """Past the sliding window, padded either side, with a cache that grows or one that is there
+    from the beginning, and without.
+    """
     stock, ours, _ = pair("conditional", towers=False)
-    prompt = batch((9, 5), side=side)
+    prompt = batch(lengths, side=side)
     prompt.pop("labels")
+    kept = {"cache_implementation": cache} if cache else {"use_cache": False}
     tokens = [
-        model.eval().generate(**prompt, max_new_tokens=14, do_sample=False, use_cache=use_cache)
+        model.eval().generate(**prompt, max_new_tokens=14, do_sample=False, **kept)
         for model in (stock, ours)
     ]
     assert torch.equal(*tokens)

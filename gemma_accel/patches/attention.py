@@ -86,7 +86,9 @@ def mask(
             kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
-            allow_is_causal_skip=allow_is_causal_skip,
+            # without a mask `attend` takes a batch for one of its own, where the last queries are
+            # the last keys': of a cache that is longer than what is in it they are not
+            allow_is_causal_skip=allow_is_causal_skip and q_length in (1, kv_length),
             use_vmap=use_vmap,
             config=config,
             device=device,
