@@ -25,6 +25,7 @@ __all__ = ["DataCollatorForMultimodalLanguageModeling"]
 _IGNORED = -100
 _COLUMNS = {"image": ("image", "images"), "audio": ("audio", "audios")}
 _UNHANDLED = ("video", "videos")
+_PCM = (np.int16, np.int32)  # integer samples whose full scale is their dtype's range
 
 
 class _Row(NamedTuple):
@@ -44,8 +45,9 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
 
     - ``images``, a list, or ``image``, one;
     - ``audios``, a list, or ``audio``, one or a list: 1-D arrays at the feature extractor's
-      sampling rate, dictionaries with ``array`` and ``sampling_rate`` (as `datasets.Audio`
-      decodes), or paths.
+      sampling rate (floats in [-1, 1], or PCM in int16 or int32), dictionaries with ``array`` and
+      ``sampling_rate`` (as `datasets.Audio` decodes), or paths;
+    - ``chat_template_kwargs``, a dictionary for the chat template, as TRL's own rows have it.
 
     A missing column, None and an empty list all mean none, so a batch may mix rows with and without
     media. Where a message already has content parts, its ``{"type": "image"}`` and
@@ -138,9 +140,9 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
                 example["messages"], images, sounds, self._waveform
             )
             if self.assistant_only_loss:
-                return self._encode_assistant(messages, images, sounds)
+                return self._encode_assistant(messages, **self._template(example))
             rendered = apply_chat_template(
-                {"messages": messages}, self.processor, **self._template()
+                {"messages": messages}, self.processor, **self._template(example)
             )
             row = self._encode(rendered["text"], images, sounds)
         row.tokens["labelled"] = torch.ones_like(row.tokens["input_ids"], dtype=torch.bool)
@@ -156,7 +158,9 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
             if any(more):
                 raise ValueError("its completion holds media; they belong into the prompt")
             rendered = apply_chat_template(
-                {"prompt": prompt, "completion": completion}, self.processor, **self._template()
+                {"prompt": prompt, "completion": completion},
+                self.processor,
+                **self._template(example),
             )
             prompt, completion = rendered["prompt"], rendered["completion"]
         row, end = self._encode(prompt, images, sounds), self._encode(completion, [], [])
@@ -184,7 +188,7 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
             )
         )
 
-    def _encode_assistant(self, messages: list[Any], images: list[Any], sounds: list[Any]) -> _Row:
+    def _encode_assistant(self, messages: list[Any], **template: Any) -> _Row:
         """The chat template's own way: it alone knows which tokens the assistant wrote."""
         batch = self.processor.apply_chat_template(
             messages,
@@ -193,15 +197,16 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
             return_tensors="pt",
             return_assistant_tokens_mask=True,
             processor_kwargs=self._processing(),
-            **self._template(),
+            **template,
         )
         mask = torch.as_tensor(batch.pop("assistant_masks"))[0] != 0
         row = self._split(batch)
         row.tokens["labelled"] = mask
         return row
 
-    def _template(self) -> dict[str, Any]:
-        return {} if self.chat_template is None else {"chat_template": self.chat_template}
+    def _template(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        return {**chosen, **(example.get("chat_template_kwargs") or {})}
 
     @staticmethod
     def _processing() -> dict[str, Any]:
@@ -269,7 +274,16 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
                     f"{wanted}. Cast the column: dataset.cast_column('audio', "
                     f"datasets.Audio(sampling_rate={wanted}))."
                 )
-        wave = np.asarray(sound, dtype=np.float32)
+        wave = np.asarray(sound)
+        if wave.dtype in _PCM:
+            wave = wave / np.float32(-np.iinfo(wave.dtype).min)
+        elif not np.issubdtype(wave.dtype, np.floating):
+            raise ValueError(
+                f"audio {number} holds {wave.dtype} samples, whose full scale is not known: "
+                "expected floats in [-1, 1], or int16 or int32 arrays of PCM. Divide it by its "
+                "full scale."
+            )
+        wave = wave.astype(np.float32)
         if wave.ndim != 1:
             raise ValueError(
                 f"audio {number} must be one channel of samples, got an array of shape "

@@ -56,6 +56,24 @@ def test_equals_trl_where_trl_has_a_collator(rows, completion_only):
         assert torch.equal(got[key], expected[key].to(got[key].dtype)), key
 
 
+THINKING = media.CHAT_TEMPLATE.replace("{{ bos_token }}", "{{ bos_token }}{{ mood }}")
+
+
+def test_a_rows_own_words_for_the_chat_template():
+    processor = copy.copy(media.processor())
+    processor.chat_template = THINKING
+    rows = [{**row, "chat_template_kwargs": {"mood": "THINK"}} for row in PROMPT_ROWS]
+    expected = DataCollatorForVisionLanguageModeling(processor)(copy.deepcopy(rows))
+    got = DataCollatorForMultimodalLanguageModeling(processor)(rows)
+    assert torch.equal(got["input_ids"], expected["input_ids"])
+    assert text_of(got["input_ids"][0]).startswith("<bos>THINK[user]")
+    # where TRL's collator forgets them, its text trainer does not
+    rows = [{**IMAGE_ROWS[0], "chat_template_kwargs": {"mood": "THINK"}}, IMAGE_ROWS[1]]
+    got = collator(chat_template=THINKING)(rows)
+    assert text_of(got["input_ids"][0]).startswith("<bos>THINK[user]")
+    assert text_of(got["input_ids"][1]).startswith("<bos>[user]")
+
+
 def test_rows_with_and_without_media():
     rows = [
         {"messages": chat("Look and listen.", "Yes.", images=1, sounds=2), "images": [picture()],
@@ -182,6 +200,15 @@ def test_sounds_in_every_shape():
     assert all(torch.equal(b["input_features"], batches[0]["input_features"]) for b in batches)
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.int32])
+def test_integer_samples_are_taken_at_their_full_scale(dtype):
+    wave = sound(0.3)
+    whole = (wave * np.iinfo(dtype).max).astype(dtype)
+    got, want = (collator()([{"text": "<|audio|>", "audio": w}]) for w in (whole, wave))
+    # the quietest of log mel bins hear an int16's last bit
+    assert (got["input_features"] - want["input_features"]).abs().mean() < 1e-2
+
+
 def test_pads_to_a_multiple():
     batch = collator(pad_to_multiple_of=64)([{"text": "short"}])
     assert batch["input_ids"].shape == (1, 64) and batch["attention_mask"].sum() == 5
@@ -233,6 +260,10 @@ WRONG = {
     "two channels": (
         {"text": "<|audio|>", "audio": np.zeros((2, 8000))},
         r"one channel.*\(2, 8000\)",
+    ),
+    "samples of no known scale": (
+        {"text": "<|audio|>", "audio": (sound() * 32767).astype(int).tolist()},
+        r"audio 0 holds int64 samples.*Divide it",
     ),
     "too long": (
         {"text": "<|audio|>", "audio": np.zeros(480_001)},
