@@ -242,7 +242,6 @@ def _report_for(model: Any) -> Report | None:
 
 def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Report) -> None:
     """Everything that must be settled between PEFT's wrapping and the optimizer."""
-    from gemma_accel.patches.lm_head import FULL_LOGITS
     from gemma_accel.patches.lora import stepped_aside
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
     from gemma_accel.patches.towers import settle_towers
@@ -259,8 +258,6 @@ def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Rep
     flow = None if autocast else text.embed_tokens.weight.new_empty(0, device="cpu")
     for path, reason in stepped_aside(base, flow):
         report.skip("lora", "text", path, reason)
-    if type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl"):
-        setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits
     trainer._gemma_accel_prepared = True
 
 
@@ -268,6 +265,7 @@ def _attach(trainer: Any, report: Report) -> None:
     """Give the trainer its callback, unless the user already did."""
     from gemma_accel.callback import GradientAccumulationCallback
     from gemma_accel.inputs import CheckedIds
+    from gemma_accel.patches.lm_head import FULL_LOGITS
 
     guards.check_trainer(trainer, report)
     callbacks = trainer.callback_handler.callbacks
@@ -276,9 +274,12 @@ def _attach(trainer: Any, report: Report) -> None:
         callback = GradientAccumulationCallback()
         trainer.add_callback(callback)
     callback.attach(trainer, report=report)
+    base = base_model(trainer.model)
+    vars(base).pop(FULL_LOGITS, None)  # the trainer before this one set it
+    if type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl"):
+        setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits
     if not isinstance(trainer.data_collator, CheckedIds):
-        vocabulary = text_model(base_model(trainer.model)).config.vocab_size
-        trainer.data_collator = CheckedIds(trainer.data_collator, vocabulary)
+        trainer.data_collator = CheckedIds(trainer.data_collator, text_model(base).config)
     _tell_policy(trainer)
 
 

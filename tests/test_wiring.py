@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -299,6 +300,43 @@ class TestWrappers:
         written = sorted((tmp_path / "out").glob("checkpoint-*/gemma_accel_report.json"))
         assert written
         assert json.loads(written[0].read_text())["applied"]
+
+
+class TestCollator:
+    def test_attributes_and_class_are_the_collators_own(self, tmp_path, tokenizer):
+        model = tiny_model("causal", towers=False)
+        gemma_accel.apply(model)
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        args = config(tmp_path, TrainingArguments)
+        trainer = Trainer(model=model, args=args, train_dataset=rows(), data_collator=collator)
+        assert isinstance(trainer.data_collator, DataCollatorForLanguageModeling)
+        trainer.data_collator.pad_to_multiple_of = 16
+        assert collator.pad_to_multiple_of == 16
+        assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] == 16
+
+    def test_an_evaluation_without_labels_is_refused_as_by_trl(self, tmp_path, tokenizer):
+        model = tiny_model("causal", towers=False)
+        gemma_accel.apply(model)
+        trainer = SFTTrainer(
+            model=model,
+            args=config(tmp_path, dataset_kwargs={"skip_prepare_dataset": True}),
+            train_dataset=rows(2).add_column("labels", [row[:] for row in rows(2)["input_ids"]]),
+            processing_class=tokenizer,
+        )
+        masked = Dataset.from_list([{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}])
+        with pytest.raises(ValueError, match="no 'labels'"):
+            trainer.evaluate(masked)
+
+    @pytest.mark.parametrize("kind", ["causal", "conditional"])
+    def test_a_vocabulary_resized_after_the_trainer_was_built(self, tmp_path, kind):
+        model = tiny_model(kind, towers=False)
+        gemma_accel.apply(model)
+        trainer = Trainer(model=model, args=config(tmp_path, TrainingArguments, max_steps=1))
+        model.resize_token_embeddings(VOCAB + 10, mean_resizing=False)
+        row = torch.tensor([5, VOCAB + 5])
+        trainer.data_collator([{"input_ids": row, "labels": row}])
+        with pytest.raises(ValueError, match=f"vocabulary has {VOCAB + 10}"):
+            trainer.data_collator([{"input_ids": row + 5}])
 
 
 @pytest.mark.usefixtures("auto")

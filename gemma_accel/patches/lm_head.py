@@ -2,19 +2,23 @@
 
 TRL's own trainers ask TRL's chunked head for the loss. Plain `Trainer`, and a loop of one's own,
 call the model with labels and get full logits with a float32 copy: 7 GiB per 2,048 tokens. This
-hands those calls to the same TRL head. Evaluation, generation, calls without labels or with options
-that need more than the loss run stock's forward; and who reads ``outputs.logits`` after all gets
-them, computed when read.
+runs the backbone as stock does and gives its hidden states to the same TRL head. Evaluation,
+generation, calls without labels, other losses and options that need more than the loss run stock's
+forward; and who reads ``outputs.logits`` after all gets them, computed when read.
 """
 
 from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4CausalLMOutputWithPast,
     Gemma4ForCausalLM,
@@ -31,41 +35,63 @@ FULL_LOGITS = "_gemma_accel_full_logits"
 does.
 """
 
-_INNER, _FUSED = "_gemma_accel_inner_forward", "_gemma_accel_fused_head"
+_INNER = "_gemma_accel_inner_forward"
 _ON = "_gemma_accel_lm_head"  # ours is bound and may serve
 _BEHIND = "_gemma_accel_forward_behind"  # restored, but still called by a forward bound over it
 
 # arguments whose answer needs stock's forward
 _NEEDS_STOCK = (
-    "logits_to_keep",
-    "output_hidden_states",
-    "output_attentions",
-    "output_router_logits",
+    "ignore_index",
+    "shift_labels",
+    "fused_lm_head",
     "return_dict",
     "past_key_values",  # which is "cache" since transformers 5.24
     "cache",
 )
 
 
+class _Logits:
+    """Logits that are computed when something is done with them.
+
+    No tensor, so that who copies an output value by value takes them along unread: DDP, and the
+    mixed precision of Accelerate, which makes float32 of whatever has a ``dtype`` of 16 bits.
+    """
+
+    def __init__(self, compute: Callable[[], torch.Tensor], dtype: torch.dtype) -> None:
+        self.tensor, self.dtype = functools.cache(compute), dtype
+
+    def float(self) -> _Logits:
+        return _Logits(lambda: self.tensor().float(), torch.float32)
+
+    # ``values()`` and ``items()``, which the copies are made from, show users this too
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tensor(), name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tensor()[key]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, lambda each: each.tensor(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
 class _LossOutput(Gemma4CausalLMOutputWithPast):
     """A loss, and the logits for whoever asks: by attribute, by key or by position."""
 
-    def __init__(self, loss: Any = None, compute: Any = None, **others: Any) -> None:
-        super().__init__(loss=loss, **others)
-        object.__setattr__(self, "_compute", compute)
-
     def __getattribute__(self, name: str) -> Any:
-        if name == "logits":
-            compute = object.__getattribute__(self, "__dict__").get("_compute")
-            if compute is not None:
-                object.__setattr__(self, "_compute", None)
-                self["logits"] = compute()
-        return super().__getattribute__(name)
+        value = super().__getattribute__(name)
+        if isinstance(value, _Logits):
+            self[name] = value = value.tensor()
+        return value
 
     def __getitem__(self, key: Any) -> Any:
-        if key == "logits" or (not isinstance(key, str) and key != 0):
-            _ = self.logits
-        return super().__getitem__(key)
+        if key == 0:  # the loss, without the tuple of all
+            return self.loss
+        return self.logits if key == "logits" else super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return self.logits if key == "logits" else super().get(key, default)
 
 
 def _serves(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -74,14 +100,14 @@ def _serves(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if not (model.training and torch.is_grad_enabled()):
         return False
     labels, ids = kwargs.get("labels"), kwargs.get("input_ids", args[0] if args else None)
-    if (
-        labels is None
-        or ids is None
-        or len(args) > 1
-        or any(kwargs.get(name) for name in _NEEDS_STOCK)
-    ):
+    if labels is None or ids is None or len(args) > 1:
         return False
-    if "shift_labels" in kwargs or "fused_lm_head" in kwargs:
+    kept = kwargs.get("logits_to_keep", 0)
+    if isinstance(kept, torch.Tensor) or kept or not model.config.return_dict:
+        return False
+    if any(kwargs.get(name) is not None for name in _NEEDS_STOCK):
+        return False
+    if model.loss_function is not ForCausalLMLoss:
         return False
     return type(model.get_output_embeddings()) is nn.Linear and _head_runs_on(ids.device.type)
 
@@ -112,29 +138,57 @@ def _forward_of(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        stock = vars(self).get(_INNER) or functools.partial(kind.forward, self)
         if not _serves(self, args, kwargs):
+            stock = vars(self).get(_INNER) or functools.partial(kind.forward, self)
             return stock(*args, **kwargs)
-        loss = _fused(self)(*args, fused_lm_head=True, **kwargs).loss
-        kwargs.pop("labels")
-        return _LossOutput(loss, lambda: stock(*args, **kwargs).logits)
+        labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        if kwargs.get("use_cache") is None:  # the config's default is for generation
+            kwargs["use_cache"] = False
+        outputs = self.base_model(*args, **kwargs)
+        known: Any = {each.name: getattr(outputs, each.name, None) for each in fields(_LossOutput)}
+        known["loss"] = _Headed(self, outputs).loss(labels, items)
+        known["logits"] = _logits(self, outputs.last_hidden_state)
+        return _LossOutput(known)
 
     return forward
 
 
-def _fused(model: Any) -> Any:
-    """TRL's fused forward for ``model``, made once; TRL binds it to the instance, from where it is
-    taken off again.
-    """
-    made = vars(model).get(_FUSED)
-    if made is None:
+class _Headed:
+    """As much of a model as TRL's fused head asks for, after its backbone has run."""
+
+    def __init__(self, model: Any, outputs: Any) -> None:
+        self.config, self.get_output_embeddings = model.config, model.get_output_embeddings
+        self.base_model = lambda **_: outputs
+
+    def forward(self, **kwargs: Any) -> Any:
+        raise NotImplementedError("TRL binds its own over this")
+
+    def loss(self, labels: torch.Tensor, items: Any) -> torch.Tensor:
         from trl.trainer.utils import add_fused_lm_head
 
-        before = model.forward
-        add_fused_lm_head(model, outputs=("log_probs",))
-        made, model.forward = model.forward, before
-        setattr(model, _FUSED, made)
-    return made
+        head: Any = self
+        add_fused_lm_head(head, outputs=("log_probs",))
+        return self.forward(
+            fused_lm_head=True,
+            labels=labels,
+            num_items_in_batch=items,
+            output_router_logits=False,  # stock has no loss for the router
+        ).loss
+
+
+def _logits(model: Any, hidden: torch.Tensor) -> _Logits:
+    """Stock's logits, later: of the same hidden states, under the autocast of now."""
+    head = model.get_output_embeddings()
+    cap = model.config.get_text_config().final_logit_softcapping
+    device = hidden.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+    def compute() -> torch.Tensor:
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled):
+            logits: torch.Tensor = head(hidden)
+            return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    return _Logits(compute, dtype if enabled else head.weight.dtype)
 
 
 class LMHeadPatch(Patch):
@@ -162,10 +216,12 @@ class LMHeadPatch(Patch):
         setattr(module, _ON, True)
         if _BEHIND in vars(module):  # TRL's forward, bound over ours before a restore, ends in ours
             return Undoing(lambda: _turn_off(module), lambda: None)
+        kind: Any = type(module)
         before = vars(module).get("forward")
+        if getattr(before, "__func__", None) is _forward_of(kind):  # a copy of an applied model's
+            before = vars(module).pop(_INNER, None)
         if before is not None:
             setattr(module, _INNER, before)
-        kind: Any = type(module)
         module.forward = types.MethodType(_forward_of(kind), module)
         ours = vars(module)["forward"]
 
@@ -184,7 +240,7 @@ class LMHeadPatch(Patch):
 
 
 def _turn_off(module: Any) -> None:
-    for name in (_ON, _FUSED, FULL_LOGITS):
+    for name in (_ON, FULL_LOGITS):
         vars(module).pop(name, None)
 
 

@@ -5,25 +5,26 @@ asks.
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from torch.utils._pytree import tree_map
 from transformers import Trainer, TrainingArguments
 
 import gemma_accel
 from gemma_accel.patches import lm_head
-from tests.tiny import batch, tiny_model
+from tests.tiny import LANGUAGE, batch, tiny_model
 
-pytestmark = [
-    pytest.mark.usefixtures("references"),
-    pytest.mark.skipif(
-        not lm_head._head_runs_on("cpu"), reason="TRL's head runs on the CPU since TRL 1.16"
-    ),
-]
+pytestmark = pytest.mark.usefixtures("references")
 
 
 @pytest.fixture(params=["causal", "conditional"])
 def pair(request):
+    if not lm_head._head_runs_on("cpu"):
+        pytest.skip("TRL's head runs on the CPU since TRL 1.16")
     stock, ours = (tiny_model(request.param, towers=False) for _ in range(2))
     gemma_accel.apply(ours)
     return stock, ours
@@ -53,7 +54,22 @@ def test_training_with_labels_never_runs_the_head_and_gives_stocks_gradients(pai
         assert (p.grad - q.grad).norm() <= 1e-3 * q.grad.norm(), name
 
 
-@pytest.mark.parametrize("ask", [lambda o: o.logits, lambda o: o["logits"], lambda o: o[1]])
+ASK = {
+    "attribute": lambda o: o.logits,
+    "key": lambda o: o["logits"],
+    "get": lambda o: o.get("logits"),
+    "position": lambda o: o[1],
+    "tuple": lambda o: o.to_tuple()[1],
+    "dict": lambda o: dict(o)["logits"],
+    "keywords": lambda o: dict(**o)["logits"],
+    "values": lambda o: torch.clone(list(o.values())[1])[:],
+    "items": lambda o: dict(o.items())["logits"].clone(),
+    "pickle": lambda o: pickle.loads(pickle.dumps(o)).logits,
+    "copy": lambda o: tree_map(lambda each: each, o).logits,  # as DDP does
+}
+
+
+@pytest.mark.parametrize("ask", ASK.values(), ids=ASK)
 def test_logits_are_there_when_asked_for(pair, head_calls, ask):
     calls, watch = head_calls
     stock, ours = pair
@@ -62,6 +78,71 @@ def test_logits_are_there_when_asked_for(pair, head_calls, ask):
     assert calls == [1]
     tokens = batch()["attention_mask"].bool()
     assert torch.allclose(logits[tokens], stock(**batch()).logits[tokens], atol=1e-4)
+
+
+def test_who_asks_for_the_loss_or_the_keys_does_not_pay_for_logits(pair, head_calls):
+    calls, watch = head_calls
+    stock, ours = pair
+    watch(ours)
+    out = ours(**batch(), use_cache=False)
+    assert list(out) == list(stock(**batch(), use_cache=False))
+    assert out[0] is out["loss"] is out.get("loss") is out.loss
+    assert not calls
+
+
+def test_mixed_precision_by_accelerate_takes_the_logits_along_unread(pair, head_calls):
+    calls, watch = head_calls
+    watch(pair[1])
+    stock, ours = (Accelerator(mixed_precision="bf16", cpu=True).prepare(m) for m in pair)
+    expected, out = stock(**batch()), ours(**batch())
+    assert not calls
+    assert out.logits.dtype == expected.logits.dtype == torch.float32
+    tokens = batch()["attention_mask"].bool()
+    error = (out.logits - expected.logits)[tokens].norm() / expected.logits[tokens].norm()
+    assert error < 0.15
+    assert torch.equal(out.logits, out.logits.bfloat16().float())  # under its autocast
+
+
+def test_loss_and_logits_are_of_one_dropout_mask(pair):
+    _, ours = pair
+    config = LoraConfig(r=4, lora_dropout=0.5, target_modules=LANGUAGE, init_lora_weights=False)
+    out = get_peft_model(ours, config).train()(**batch())
+    with torch.no_grad():
+        logits = out.logits
+    assert logits.requires_grad
+    loss = ours.loss_function(logits, batch()["labels"], logits.shape[-1])
+    assert loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
+
+
+def test_hidden_states_and_a_cache_are_there_where_they_are_wanted(pair):
+    for model in pair:
+        model.config.get_text_config().output_hidden_states = True
+    tokens = batch()["attention_mask"].bool()
+    expected, out = (model(**batch(), use_cache=True) for model in pair)
+    assert list(out) == list(expected)
+    assert type(out.past_key_values) is type(expected.past_key_values)
+    for a, b in zip(out.hidden_states, expected.hidden_states, strict=True):
+        assert torch.allclose(a[tokens], b[tokens], atol=1e-4)
+
+
+def test_return_dict_false_gives_a_tuple(pair):
+    expected, out = (m(**batch(), return_dict=False, use_cache=False) for m in pair)
+    assert type(out) is tuple
+    assert [type(each) for each in out] == [type(each) for each in expected]
+
+
+def test_a_loss_function_of_the_users_own_is_the_one_that_counts(pair):
+    for model in pair:
+        model.loss_function = lambda *args, own=model.loss_function: 3 * own(*args)
+    expected, out = (model(**batch()).loss.item() for model in pair)
+    assert out == pytest.approx(expected, rel=1e-5)
+
+
+def test_ignore_index_is_honoured(pair):
+    inputs = batch()
+    inputs["labels"] = inputs["labels"].masked_fill(inputs["labels"] == -100, 7)
+    expected, out = (model(**inputs, ignore_index=7).loss.item() for model in pair)
+    assert out == pytest.approx(expected, rel=1e-5)
 
 
 def test_num_items_in_batch_is_honoured(pair):
@@ -93,6 +174,27 @@ def test_a_deep_copys_forward_is_its_own(pair):
         for parameter in twin.parameters():
             parameter.zero_()
     assert twin(**batch()).loss.item() != pytest.approx(ours(**batch()).loss.item())
+
+
+def by_pickle(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle])
+def test_a_copy_can_be_applied_and_restored_itself(head_calls, copied):
+    calls, watch = head_calls
+    model = tiny_model("causal", towers=False)
+    gemma_accel.apply(model)
+    expected = model(**batch()).loss.item()
+    twin = copied(model)
+    report = gemma_accel.apply(twin)
+    watch(twin)
+    assert twin(**batch()).loss.item() == pytest.approx(expected, rel=1e-5)
+    assert bool(calls) is not lm_head._head_runs_on("cpu")
+    assert twin.eval()(**batch()).loss.item() == pytest.approx(expected, rel=1e-5)
+    report.restore()
+    assert twin(**batch()).loss.item() == pytest.approx(expected, rel=1e-5)
+    assert copied is by_pickle or "forward" not in vars(twin)
 
 
 def test_restore_takes_it_off(pair):
@@ -144,3 +246,6 @@ def test_a_loss_of_the_users_own_gets_its_logits(pair, head_calls, tmp_path):
     )
     Own(model=ours, args=args, train_dataset=rows).train()
     assert calls
+    calls.clear()
+    Trainer(model=ours, args=args, train_dataset=rows).train()  # and nobody after it
+    assert not calls
