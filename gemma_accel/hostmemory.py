@@ -15,12 +15,14 @@ The first two need the table's size in RAM that stays locked.
 from __future__ import annotations
 
 import ctypes
+import io
 import math
 import mmap
 import os
 import sys
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,7 +120,7 @@ class HostTable:
         self._pinned: Tensor | None = None
         self._decided = False
         self._told = False
-        self._fd: int | None = None
+        self._opened: io.FileIO | None = None  # not a bare number, which a copy would close again
         if isinstance(source, FileSlice):
             self._file(source)
 
@@ -204,15 +206,17 @@ class HostTable:
         """Give locked memory and the file back."""
         if self._registration is not None:
             self._registration.close()
-        if self._fd is not None:
-            os.close(self._fd)
-        self._registration = self._address = self._pinned = self._fd = None
+        if self._opened is not None:
+            self._opened.close()
+        self._registration = self._address = self._pinned = self._opened = None
         self._decided = False
 
-    def __del__(self) -> None:
-        held = (getattr(self, name, None) for name in ("_registration", "_fd"))
-        if any(one is not None for one in held) and not sys.is_finalizing():
-            self.close()  # the end of the process gives all of it back anyway
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        held = vars(self)
+        if (opened := held.get("_opened")) is not None:
+            opened.close()
+        if held.get("_registration") is not None and not ending():
+            self.close()  # the end of the process gives locked memory back anyway
 
     # -- the three ways --
 
@@ -292,10 +296,10 @@ class HostTable:
 
     def _file(self, source: FileSlice) -> int:
         """The table's file, opened when it is bound: what becomes of its name is no matter then."""
-        if self._fd is None:
+        if self._opened is None:
             source.check()
-            self._fd = os.open(source.path, os.O_RDONLY)
-        return self._fd
+            self._opened = io.FileIO(source.path)
+        return self._opened.fileno()
 
     @staticmethod
     def _check_unwritten(source: FileSlice, fd: int) -> None:

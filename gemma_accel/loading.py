@@ -7,10 +7,11 @@ for E2B in 4 bits, 8.60 for E4B, of which the per-layer embedding table (PLE), n
 checkpoint files come by, its place in them is noted; once the model is loaded the table is bound to
 that place.
 
-Three class attributes on `Gemma4PreTrainedModel` carry this (`from_pretrained`; the static
-`_load_pretrained_model`, which receives the resolved files whatever the revision, subfolder,
-variant or sharding; and `save_pretrained`, for a model that is saved over the file that its table
-is read from); removing them is the undo.
+Only the classes that `apply` takes are loaded so. Four class attributes on `Gemma4PreTrainedModel`
+carry this (`from_pretrained`; the static `_load_pretrained_model`, which receives the resolved
+files whatever the revision, subfolder, variant or sharding; `load_adapter`, before which the table
+must be bound; and `save_pretrained`, for a model that is saved over the file that its table is read
+from); removing them is the undo.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from transformers.models.gemma4.modeling_gemma4 import Gemma4PreTrainedModel, Ge
 
 from gemma_accel.errors import GemmaAccelError
 from gemma_accel.hostmemory import FileSlice
+from gemma_accel.models import SUPPORTED, text_model
 from gemma_accel.patches.clipped import prepare_for_peft
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 
@@ -44,6 +46,7 @@ __all__ = ["find_tensor", "install_load_path"]
 
 _TABLE = "embed_tokens_per_layer"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_SEAMS = ("from_pretrained", "_load_pretrained_model", "load_adapter", "save_pretrained")
 _MAX_HEADER = 100 << 20  # safetensors' own limit
 
 
@@ -74,16 +77,16 @@ def install_load_path() -> Callable[[], None]:
     seam: Any = Gemma4PreTrainedModel  # to a type checker a method is nothing to assign to
     stock_from_pretrained = seam.from_pretrained.__func__
     stock_load = seam._load_pretrained_model
+    stock_load_adapter = seam.load_adapter
     stock_save = seam.save_pretrained
 
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if _loads.current is not None or is_deepspeed_zero3_enabled():
+        nested = _loads.current is not None
+        if nested or is_deepspeed_zero3_enabled() or not issubclass(cls, SUPPORTED):
             return stock_from_pretrained(cls, *args, **kwargs)
-        with _table_left_out() as load:
+        with _table_left_out():
             result = stock_from_pretrained(cls, *args, **kwargs)
-            model = result[0] if isinstance(result, tuple) else result
-            _bind(model, load)
-            prepare_for_peft(model)  # PEFT wraps it before a Trainer, and so `apply`, comes by
+            _finish(result[0] if isinstance(result, tuple) else result)
         return result
 
     def _load_pretrained_model(
@@ -97,6 +100,11 @@ def install_load_path() -> Callable[[], None]:
         if _loads.current is not None:
             load_config = _locate(model, state_dict, checkpoint_files, load_config, _loads.current)
         return stock_load(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+
+    @functools.wraps(stock_load_adapter)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _finish(self)  # `from_pretrained` of an adapter's directory ends with this
+        return stock_load_adapter(self, *args, **kwargs)
 
     @functools.wraps(stock_save)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -113,10 +121,11 @@ def install_load_path() -> Callable[[], None]:
     from_pretrained.__doc__ = stock_from_pretrained.__doc__
     seam.from_pretrained = classmethod(from_pretrained)
     seam._load_pretrained_model = staticmethod(_load_pretrained_model)
+    seam.load_adapter = load_adapter
     seam.save_pretrained = save_pretrained
 
     def undo() -> None:
-        for name in ("from_pretrained", "_load_pretrained_model", "save_pretrained"):
+        for name in _SEAMS:
             if name in vars(Gemma4PreTrainedModel):
                 delattr(Gemma4PreTrainedModel, name)
 
@@ -124,7 +133,7 @@ def install_load_path() -> Callable[[], None]:
 
 
 @contextlib.contextmanager
-def _table_left_out() -> Iterator[_Load]:
+def _table_left_out() -> Iterator[None]:
     """While open, text models built in this thread come without their table."""
     seam: Any = Gemma4TextModel
     stock_init = seam.__init__
@@ -137,7 +146,7 @@ def _table_left_out() -> Iterator[_Load]:
 
     seam.__init__ = __init__
     try:
-        yield load
+        yield
     finally:
         _loads.current = None
         seam.__init__ = stock_init
@@ -188,13 +197,15 @@ def _locate(
     return dataclasses.replace(load_config, device_map={**load_config.device_map, path: "cpu"})
 
 
-def _bind(model: Any, load: _Load) -> None:
-    """Give the loaded model its table."""
-    from gemma_accel.models import text_model
-
-    if not hasattr(model, "model") or not hasattr(text_model(model), _TABLE):
+def _finish(model: Any) -> None:
+    """The load in progress, if any, is over: give the model its table."""
+    load, _loads.current = _loads.current, None
+    if load is None:
         return
-    table = getattr(text_model(model), _TABLE)
+    prepare_for_peft(model)  # PEFT wraps it before a Trainer, and so `apply`, comes by
+    table = getattr(text_model(model), _TABLE, None)
+    if table is None:
+        return
     if load.source is not None:
         table.__dict__.pop("weight", None)
         table._output_dtype = load.dtype or load.source.dtype
@@ -259,8 +270,6 @@ def _outdated_weights(directory: Path, saved: Path) -> list[Path]:
 
 def _bind_to_saved(model: Any, tables: list[HostPerLayerEmbedding], saved: list[Path]) -> None:
     """Read the tables from what was just saved, where it took their own file's place."""
-    from gemma_accel.models import text_model
-
     files = sorted(str(file) for file in saved if file.suffix == ".safetensors")
     for table in tables:
         source = _find_table(files, tuple(table.weight.shape))

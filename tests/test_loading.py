@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import textwrap
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 import gemma_accel
 from gemma_accel.errors import RestoreError
@@ -19,11 +21,17 @@ from gemma_accel.hostmemory import FileSlice, HostTable, StaleFileError
 from gemma_accel.loading import find_tensor, install_load_path
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 from gemma_accel.patches.seams import Fused
-from tests.tiny import batch, tiny_model
+from tests.tiny import LANGUAGE, batch, tiny_model
 
 pytestmark = pytest.mark.usefixtures("references")
 
 NF4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+TABLE = {
+    "Gemma4ForCausalLM": "model.embed_tokens_per_layer.weight",
+    "Gemma4ForConditionalGeneration": "model.language_model.embed_tokens_per_layer.weight",
+}
 
 
 @pytest.fixture
@@ -132,6 +140,34 @@ class TestLoading:
             assert isinstance(table_of(model).host.source, torch.Tensor)
             assert torch.equal(logits(model), expected)
 
+    def test_a_class_that_apply_does_not_take_loads_the_stock_way(self, checkpoint, load_path):
+        whole = stock(checkpoint)
+        model = AutoModel.from_pretrained(checkpoint)  # Gemma4Model, Gemma4TextModel
+        assert type(table_of(model)) is not HostPerLayerEmbedding
+        ids = batch()["input_ids"]
+        with torch.no_grad():
+            expected = whole.model(input_ids=ids).last_hidden_state
+            assert torch.equal(model(input_ids=ids).last_hidden_state, expected)
+
+    @pytest.mark.parametrize(
+        "adapted",
+        [
+            dict(target_modules=r".*layers\.0\.mlp\.up_proj"),
+            dict(target_modules=r".*embed_tokens_per_layer"),
+            dict(target_modules=LANGUAGE, modules_to_save=["embed_tokens_per_layer"]),
+        ],
+        ids=["layers", "the table", "a copy of the table"],
+    )
+    def test_an_adapters_directory(self, tmp_path, adapted, request):
+        tiny_model().save_pretrained(tmp_path / "model")
+        config = LoraConfig(r=2, init_lora_weights=False, **adapted)
+        get_peft_model(stock(tmp_path / "model"), config).save_pretrained(tmp_path / "adapters")
+        expected = logits(stock(tmp_path / "adapters"))
+        request.getfixturevalue("load_path")
+        model = stock(tmp_path / "adapters")
+        assert [m for m in model.modules() if isinstance(m, HostPerLayerEmbedding)]
+        assert torch.equal(logits(model), expected)
+
     def test_from_config_is_untouched(self, checkpoint, load_path):
         model = AutoModelForCausalLM.from_config(stock(checkpoint).config)
         assert type(table_of(model)) is not HostPerLayerEmbedding
@@ -194,6 +230,41 @@ class TestTable:
         assert type(table_of(again)) is not HostPerLayerEmbedding
         assert torch.equal(logits(again), expected)
 
+    @pytest.mark.parametrize("how", ["asked for at load", "converted later"])
+    def test_another_dtype_is_saved_as_stock_saves_it(self, checkpoint, how, tmp_path, request):
+        def saved(name):
+            model = stock(checkpoint, dtype=torch.bfloat16 if how == "asked for at load" else None)
+            model = model.to(torch.bfloat16)
+            model.load_state_dict(model.state_dict())
+            model.save_pretrained(tmp_path / name)
+            return model, load_file(tmp_path / name / "model.safetensors")
+
+        _, expected = saved("stock")
+        request.getfixturevalue("load_path")
+        model, ours = saved("ours")
+        assert isinstance(table_of(model).host.source, FileSlice)  # its own state changed nothing
+        assert ours.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor)
+        pickled = table_of(pickle.loads(pickle.dumps(model))).weight
+        assert torch.equal(pickled, model.state_dict()[TABLE[type(model).__name__]])
+
+    def test_state_in_the_files_dtype_is_no_copy(self, model):
+        state = model.state_dict()[TABLE[type(model).__name__]]
+        assert state.data_ptr() == table_of(model).weight.data_ptr()
+
+    def test_a_pickle_holds_the_table_and_leaves_the_file_alone(self, model, checkpoint):
+        expected = logits(model)
+        twin = pickle.loads(pickle.dumps(model))
+        table = table_of(twin)
+        assert type(table) is HostPerLayerEmbedding.stock and "host" not in vars(table)
+        del twin, table
+        assert torch.equal(logits(model), expected)
+        pickled = pickle.dumps(model)
+        del model
+        (checkpoint / "model.safetensors").unlink()
+        assert torch.equal(logits(pickle.loads(pickled)), expected)
+
     def test_strict_state_dict_round_trip(self, model):
         expected = logits(model)
         state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -238,9 +309,14 @@ class TestTable:
                 parameter.requires_grad_(False)
         assert not table_of(model).weight.requires_grad
 
-    def test_training_it_without_a_trainer_is_refused_with_the_remedy(self, model):
-        with pytest.raises(RuntimeError, match="requires_grad_"):
-            model.train()(**batch())
+    @pytest.mark.parametrize("applied", [False, True])
+    def test_training_it_without_a_trainer_is_refused_with_the_remedy(self, model, applied):
+        if applied:
+            gemma_accel.apply(model)
+        for mode in (model.eval, model.train):  # a loop of one's own may leave out `.train()`
+            loss = mode()(**batch()).loss  # as may who only looks leave out `no_grad`
+            with pytest.raises(RuntimeError, match="requires_grad_"):
+                loss.backward()
         table_of(model).requires_grad_(False)
         model(**batch()).loss.backward()
 

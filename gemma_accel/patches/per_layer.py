@@ -74,21 +74,12 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
             # strict load): that is the table now
             self.host.close()
             self.bind(weight.detach(), requires_grad=weight.requires_grad)
-        if weight.requires_grad and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "the per-layer embedding table would be trained, but it was left in the "
-                "checkpoint file, where it has no "
-                "gradient. Train through transformers.Trainer or a TRL trainer (they bring it "
-                "back before the optimizer exists), or "
-                "freeze it: model.get_per_layer_input_embeddings().requires_grad_(False)."
-            )
         return self.host.fetch(ids)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        rows = self.fetch(input_ids).columns(0, self.embedding_dim)
-        return rows.to(self._output_dtype) * self.embed_scale.to(
-            input_ids.device, self._output_dtype
-        )
+        rows = self.fetch(input_ids).columns(0, self.embedding_dim).to(self._output_dtype)
+        scaled = rows * self.embed_scale.to(input_ids.device, self._output_dtype)
+        return _NoGradient.apply(scaled, self.weight)
 
     def _apply(self, fn: Any, recurse: bool = True) -> HostPerLayerEmbedding:
         # `.to(device)` leaves the table where it is; `.half()` and `.to(dtype)` change what comes
@@ -103,18 +94,34 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        # PEFT, which asks for everything and keeps the adapters, asks under a prefix of its own
+        for_adapters = prefix.startswith("base_model.")
         if self.host is not None:
-            # before its pages are copied into somebody's checkpoint; PEFT, which asks for
-            # everything and keeps the adapters, asks under a prefix of its own
-            self.host.check(name_too=not prefix.startswith("base_model."))
+            # before its pages are copied into somebody's checkpoint
+            self.host.check(name_too=not for_adapters)
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.host is not None and not keep_vars and not for_adapters:
+            destination[prefix + "weight"] = self._as_it_comes_out()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A pickle holds the table itself, as a stock one does: neither file nor locked memory."""
+        assert self.host is not None
+        self.host.check(name_too=False)
+        own = ("host", "_bound", "_output_dtype")
+        state = {name: value for name, value in self.__dict__.items() if name not in own}
+        weight = nn.Parameter(self._as_it_comes_out(), requires_grad=self.weight.requires_grad)
+        return {**state, "_parameters": {"weight": weight}}
+
+    def _as_it_comes_out(self) -> Tensor:
+        """What stock would hold; a copy only where that is another dtype than the file's."""
+        return self.weight.detach().to(self._output_dtype)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "weight")
         if self.host is not None and given is not None and given.shape == self.weight.shape:
             # another table: keep it beside the file rather than write into the file's pages. One
             # that is equal (a frozen table comes back so with every checkpoint) stays in the file
-            if given.data_ptr() != self.weight.data_ptr() and not _equal(given, self.weight):
+            if given.data_ptr() != self.weight.data_ptr() and not self._equals(given):
                 self.host.close()
                 self.bind(
                     given.detach().to("cpu", copy=True), requires_grad=self.weight.requires_grad
@@ -130,6 +137,13 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _equals(self, given: Tensor) -> bool:
+        if given.device != self.weight.device:
+            return False
+        dtype = self._output_dtype
+        parts = zip(given.split(8192), self.weight.detach().split(8192), strict=True)
+        return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in parts)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> HostPerLayerEmbedding:
         """A copy shares the table's memory (it is never written) but has a Parameter of its own."""
         twin = type(self).__new__(type(self))
@@ -143,11 +157,21 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
         return twin
 
 
-def _equal(given: Tensor, weight: Tensor) -> bool:
-    if given.dtype != weight.dtype or given.device != weight.device:
-        return False
-    parts = zip(given.split(8192), weight.detach().split(8192), strict=True)
-    return all(torch.equal(a, b) for a, b in parts)
+class _NoGradient(torch.autograd.Function):
+    """Rows of a table that is out of reach of the gradient that is asked of it."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor) -> Tensor:
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "the per-layer embedding table would be trained, but it was left in the checkpoint "
+            "file, where it has no gradient. Train through transformers.Trainer or a TRL trainer "
+            "(they bring it back before the optimizer exists), or freeze it: "
+            "model.get_per_layer_input_embeddings().requires_grad_(False)."
+        )
 
 
 class LayerInput:
@@ -274,14 +298,13 @@ class FusedGemma4TextModel(Fused, Gemma4TextModel):
         table = self.embed_tokens_per_layer
         if input_ids is None or not isinstance(self.per_layer_projection_norm, Gemma4RMSNorm):
             return super().get_per_layer_inputs(input_ids, inputs_embeds)
-        if type(table) is HostPerLayerEmbedding:
-            return PerLayerInputs(self, table.fetch(input_ids), table.scalar_embed_scale)
-        if type(table) is not Gemma4TextScaledWordEmbedding or (
-            table.weight.requires_grad and torch.is_grad_enabled()
-        ):
+        known = type(table) in (Gemma4TextScaledWordEmbedding, HostPerLayerEmbedding)
+        if not known or (table.weight.requires_grad and torch.is_grad_enabled()):
             # trained, or wrapped by PEFT: its own forward, whole rows, with a gradient; they come
             # scaled
             return PerLayerInputs(self, table(input_ids), 1.0)
+        if type(table) is HostPerLayerEmbedding:
+            return PerLayerInputs(self, table.fetch(input_ids), table.scalar_embed_scale)
         return PerLayerInputs(
             self, _ResidentRows(table.weight, input_ids), table.scalar_embed_scale
         )
