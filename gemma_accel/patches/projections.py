@@ -110,8 +110,8 @@ def _adapted(linear: Any, name: str, base: tuple[Any, Any]) -> Projection | str:
     if dropout.training and getattr(dropout, "p", 0.0) > 0.0:
         return f"lora_dropout is {dropout.p}"
     lora_a, lora_b = linear.lora_A[name], linear.lora_B[name]
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+        return f"the adapter's factors are {type(lora_a).__name__}"  # AdaLoRA's are a Parameter
     if lora_b.bias is not None or lora_a.bias is not None:
         return "the adapter has a bias (lora_bias)"
-    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-        return f"the adapter's factors are {type(lora_a).__name__}"
     return Projection(*base, lora_a.weight, lora_b.weight, linear.scaling[name])

@@ -32,8 +32,8 @@ class Fused:
     """Mixin of every class that stands in for a stock one.
 
     It bears the stock class's name: sharding, device maps, output recorders and `save_pretrained`
-    go by it. It pickles as the stock class, so a pickled model loads where this package is absent;
-    a deep copy stays what it is.
+    go by it. It pickles as the stock class, without what this package has put into it, so a pickled
+    model loads where the package is absent; a deep copy stays what it is.
     """
 
     stock: ClassVar[type[nn.Module]]
@@ -50,8 +50,9 @@ class Fused:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(max(int(protocol), 2))
-        _, (_, *arguments), *rest = reduced
-        return (_new, (self.stock, *arguments), *rest)
+        _, (_, *arguments), state, *rest = reduced
+        state = {name: value for name, value in state.items() if not _is_ours(value)}
+        return (object.__new__, (self.stock, *arguments), state, *rest)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = type(self).__new__(type(self))
@@ -60,8 +61,9 @@ class Fused:
         return twin
 
 
-def _new(cls: type, *arguments: Any) -> Any:
-    return cls.__new__(cls, *arguments)
+def _is_ours(value: Any) -> bool:
+    """Whether its class, or the function that it is, is this package's."""
+    return str(getattr(value, "__module__", "")).startswith("gemma_accel.")
 
 
 def swap_class(module: Any, fused: type[Fused]) -> Undoing:

@@ -8,6 +8,7 @@ ever.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 
@@ -63,9 +64,10 @@ def _media_in(trainer: Any, dataset: Any) -> dict[str, str] | None:
         and hasattr(dataset, "__getitem__")
     ):
         try:
-            columns = list(dataset[0])
+            row = dataset[0]
         except Exception:
-            columns = None
+            row = None
+        columns = list(row) if isinstance(row, Mapping) else None
     is_vision = getattr(trainer, "_is_vision_dataset", False)  # TRL has looked into it
     if columns is None and not is_vision:
         return None
@@ -82,20 +84,37 @@ def _park(tower: Any) -> None:
     if getattr(tower, "_gemma_accel_parked", None) is not None:
         return
     tower.to("cpu")
-    hook = tower.register_forward_pre_hook(_unpark, with_kwargs=True, prepend=True)
-    tower._gemma_accel_parked = hook.id
-    tower._apply = MethodType(_stay, tower)  # a method, so that a deep copy has its own
+    tower._gemma_accel_parked = _PARKED
+    # methods, so that a deep copy has its own; and by the class's own names, so that a pickled
+    # tower has the class's
+    tower._apply = MethodType(_apply, tower)
+    tower._call_impl = MethodType(_call_impl, tower)
 
 
-def _stay(tower: Any, fn: Any, recurse: bool = True) -> nn.Module:
+class _Parked:
+    """Says of a tower that it is parked; a pickled one is not."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: Any) -> _Parked:
+        return self
+
+
+_PARKED = _Parked()
+
+
+def _apply(tower: Any, fn: Any, recurse: bool = True) -> nn.Module:
     """`model.to(device)` passes a parked tower by; a change of dtype does not."""
     probe = fn(torch.empty(0))
     return tower if probe.device.type != "cpu" else type(tower)._apply(tower, fn, recurse)
 
 
-def _unpark(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _call_impl(tower: Any, *args: Any, **kwargs: Any) -> Any:
+    """Where its input is."""
     device = next(v.device for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
     _bring_back(tower, device)
+    return tower._call_impl(*args, **kwargs)
 
 
 def bring_towers_back(base: nn.Module, device: torch.device) -> None:
@@ -114,6 +133,5 @@ def _bring_back(tower: Any, device: torch.device) -> None:
         tower.to("cpu")
         tower._apply = stay
         raise
-    for hooks in (tower._forward_pre_hooks, tower._forward_pre_hooks_with_kwargs):
-        hooks.pop(tower._gemma_accel_parked, None)
+    del tower._call_impl
     tower._gemma_accel_parked = None
