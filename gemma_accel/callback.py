@@ -640,7 +640,9 @@ def _checkpoints_reentrantly(module: nn.Module) -> bool:
     """Or in a way that cannot be told."""
     if not getattr(module, "gradient_checkpointing", False):
         return False
-    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    # as Transformers set it: a fused layer's attribute of that name is the memory policy in front
+    stock = vars(module).get("_gradient_checkpointing_func")
+    options = getattr(stock, "keywords", {})
     return bool(options.get("use_reentrant", True))
 
 

@@ -82,7 +82,7 @@ def head_groups(mode: Mode, heads: int) -> int:
     """In how many groups a layer's query heads pass through projection, attention and
     projection.
     """
-    return min(heads, 4) if mode is Mode.TIGHT else 1
+    return min(heads, 8) if mode is Mode.TIGHT else 1
 
 
 WORKSPACES = 64 * 2**20
@@ -91,6 +91,12 @@ other cards).
 """
 HEAD_TILE = 4096
 """Tokens that TRL's chunked LM head takes at a time unless told otherwise."""
+
+
+HOST_BOUND = 16384
+"""Tokens from which on a layer keeps even a large card busy for longer than a slow host takes to
+launch it (3 ms on an H100 against 50 launches): doing work twice to make room for graphs is a loss.
+"""
 
 
 def head_tile(tokens: int, hidden: int, vocabulary: int, available: int) -> int:
@@ -127,6 +133,8 @@ class LayerShape:
     """heads x head_dim"""
     keys: int
     """key/value heads x head_dim, of its own"""
+    reads: int
+    """the same of those that it reads, its own or another's"""
     heads: int
     mlp: int
     per_layer: int
@@ -152,6 +160,7 @@ def layer_shapes(text: Any) -> list[LayerShape]:
                 hidden=text.hidden_size,
                 queries=text.num_attention_heads * size,
                 keys=0 if reuses else heads * size,
+                reads=heads * size,
                 heads=text.num_attention_heads,
                 mlp=text.intermediate_size * (2 if text.use_double_wide_mlp and reuses else 1),
                 per_layer=text.hidden_size_per_layer_input or 0,
@@ -196,12 +205,15 @@ def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 
     keeps, tile = mlp_schedule(mode, tokens)
     # product and its gradient; gate and up too where they are made again a tile at a time
     mlp = min(tokens, tile or tokens) * layer.mlp * (2 if keeps else 4)
-    # gradients of queries, attention's output, keys and values
-    attention = tokens * (2 * layer.queries + 2 * layer.keys)
-    flow = tokens * 3 * layer.hidden  # gradients of the residual stream and of a branch
     weight = max(layer.mlp, layer.queries) * layer.hidden  # one dequantised weight
     if mode is Mode.TIGHT:
-        return (_tight(layer, tokens, mlp) + flow + weight) * itemsize
+        return (_tight(layer, tokens, mlp) + weight) * itemsize
+    # gradients of queries, attention's output, keys and values; by then what the second half and
+    # the joint before it kept has gone
+    attention = tokens * (2 * layer.queries + 2 * layer.keys - 4 * layer.hidden)
+    if layer.per_layer:
+        attention -= tokens * (2 * layer.hidden + 4 * layer.per_layer)
+    flow = tokens * 3 * layer.hidden  # gradients of the residual stream and of a branch
     replayed = 0
     if mode not in (Mode.KEEP, Mode.RECOMPUTE_MLP):
         as_if = Mode.KEEP if keeps else Mode.RECOMPUTE_MLP
@@ -212,25 +224,36 @@ def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 
 
 
 def _tight(layer: LayerShape, tokens: int, mlp: int) -> int:
-    """Elements that the larger half of a layer in parts holds, besides gradients of the stream."""
-    # input, the next one on its way, the sum between the halves
-    both = 3 * layer.hidden
-    # its norm, o_proj's output; a group's raw and rotated queries, output and two gradients;
-    # keys and values raw, normed, their gradients
+    """Elements that a layer in parts holds at the highest of three points of its backward."""
+    always = 2 * layer.hidden  # its input, the stream's gradient
+    # the normed input, its gradient, that of attention's output; a group's raw and rotated queries,
+    # output and two gradients; keys and values raw, normed, their gradients from this group
     groups = head_groups(Mode.TIGHT, layer.heads)
-    attention = 2 * layer.hidden + 5 * layer.queries // groups + 6 * layer.keys
-    # its norm, the MLP's output, the second sum, the projection's output; the per-layer input's
-    feed = 4 * layer.hidden + 4 * layer.per_layer
-    return tokens * both + max(tokens * attention, tokens * feed + mlp)
+    keys = 6 * layer.keys if layer.keys else 2 * layer.reads
+    attention = 3 * layer.hidden + 5 * layer.queries // groups + keys
+    # the sum between the halves, its norm, gradients of the second sum and of the MLP's output
+    feed = tokens * 4 * layer.hidden + mlp
+    if layer.per_layer:
+        # before that: the MLP's output, the second sum, the projection's output and its gradient,
+        # and what makes the per-layer input
+        feed = max(feed, tokens * (6 * layer.hidden + 4 * layer.per_layer))
+    return tokens * always + max(tokens * attention, feed)
 
 
 def between_layers_bytes(
-    layers: Sequence[LayerShape], modes: Sequence[Mode], batch: int, length: int, itemsize: int = 2
+    layers: Sequence[LayerShape],
+    modes: Sequence[Mode],
+    batch: int,
+    length: int,
+    itemsize: int = 2,
+    *,
+    input_gradient: bool,
 ) -> int:
     """Bytes that pass between layers for as long as the stack runs.
 
     Cosines and sines of each head size (one row for all sequences), the embeddings that every
-    layer reads and their gradient, and the keys and values that layers share, with their gradients.
+    layer reads and, with ``input_gradient``, theirs, and the keys and values that layers share,
+    with their gradients.
     """
     tokens = batch * length
     total = sum(
@@ -238,8 +261,7 @@ def between_layers_bytes(
     )
     if layers[0].per_layer:
         # layer 0 may keep the embeddings anyway: they are its input
-        copies = 2 if modes[0] in AWAY else 1
-        total += copies * tokens * layers[0].hidden * itemsize
+        total += (input_gradient + (modes[0] in AWAY)) * tokens * layers[0].hidden * itemsize
     for index in _sharing(layers):
         kept = modes[index] in (Mode.KEEP, Mode.RECOMPUTE_MLP)
         total += (1 if kept else 2) * tokens * 2 * layers[index].keys * itemsize
@@ -325,8 +347,10 @@ def arrange(
     if trained is not None:
         beside = available - loss - graph_bytes(tokens, hidden, trained, itemsize)
         modes = choose_modes(layers, tokens, beside, 0, itemsize)
-        if peak_bytes(layers, modes, tokens, 0, itemsize) <= beside:
-            return Arrangement(modes, True, tile)
+        captured = Arrangement(modes, True, tile)
+        worth_it = tokens <= HOST_BOUND or not captured.in_tiles
+        if worth_it and peak_bytes(layers, modes, tokens, 0, itemsize) <= beside:
+            return captured
     return Arrangement(choose_modes(layers, tokens, available, loss, itemsize), False, tile)
 
 
@@ -349,8 +373,8 @@ def evaluation_bytes(
         _, tile = mlp_schedule(mode, train_tokens)
         mlp = 3 * min(tokens, tile or tokens) * layer.mlp
         widest = max(widest, mlp, tokens * (3 * layer.queries + 4 * layer.keys))
-    layer_work = widest + 4 * tokens * hidden
+    layer_work = widest + 5 * tokens * hidden  # the embeddings too, which every layer reads
     head = min(tokens, chosen.head_tile) * min(vocabulary, 32768) + tokens * hidden
     keeping = [Mode.KEEP] * len(layers)  # no gradients of shared keys and values
-    between = between_layers_bytes(layers, keeping, *shape, itemsize)
+    between = between_layers_bytes(layers, keeping, *shape, itemsize, input_gradient=False)
     return max(layer_work, head) * itemsize + between

@@ -21,6 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +42,7 @@ from gemma_accel.memory import (
     transient_bytes,
 )
 
-__all__ = ["Plan", "plan", "plan_for_model"]
+__all__ = ["Plan", "plan", "plan_for_model", "require_gib"]
 
 GIB = 2**30
 ITEMSIZE = 2  # bfloat16: what is not quantised is loaded in it, and activations are computed in it
@@ -158,7 +159,8 @@ def plan(
 
     Raises:
         UnsupportedModelError: not a Gemma 4 config or model.
-        ValueError: a size that is not positive, an unknown quantization, 4-bit weights to train.
+        ValueError: a size that is not positive or not finite, an unknown quantization, 4-bit
+            weights to train.
     """
     _check(vram_gib, batch_size, sequence_length, quantization, lora_rank)
     run = _Run(_counts(_config_of(model_or_config)), vram_gib, quantization, lora_rank)
@@ -183,22 +185,38 @@ def plan_for_model(
     )
 
 
+def require_gib(name: str, value: Any) -> None:
+    """Raise a ValueError for what is no amount of memory."""
+    if (
+        not isinstance(value, Real)
+        or isinstance(value, bool)
+        or not math.isfinite(value)
+        or float(value) <= 0
+    ):
+        raise ValueError(
+            f"{name} must be a positive, finite number of GiB, got {value!r}. Give what the card "
+            "has free: 7.0 on one of 8 GB."
+        )
+
+
 def _check(
     vram_gib: float | None, batch_size: int, length: int, quantization: str | None, rank: int
 ) -> None:
-    if vram_gib is not None and not vram_gib > 0:
-        raise ValueError(f"plan: vram_gib must be a positive number of GiB, got {vram_gib!r}")
-    for name, value in (("batch_size", batch_size), ("sequence_length", length)):
-        if value < 1:
-            raise ValueError(f"plan: {name} must be at least 1, got {value!r}")
+    if vram_gib is not None:
+        require_gib("plan: vram_gib", vram_gib)
+    sizes = (("batch_size", batch_size, 1), ("sequence_length", length, 1), ("lora_rank", rank, 0))
+    for name, value, least in sizes:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"plan: {name} must be a whole number from {least} up, got {value!r}")
     if quantization not in ("nf4", None):
-        raise ValueError(f"plan: quantization must be 'nf4' or None, got {quantization!r}")
-    if rank < 0:
-        raise ValueError(f"plan: lora_rank must be at least 0, got {rank!r}")
+        raise ValueError(
+            f"plan: quantization must be 'nf4' or None, got {quantization!r} (--quantization nf4 "
+            "or none)"
+        )
     if rank == 0 and quantization is not None:
         raise ValueError(
             f"plan: lora_rank=0 trains every weight, which those in {quantization!r} cannot be. "
-            "Pass quantization=None, or a rank."
+            "Pass quantization=None (--quantization none), or a rank."
         )
 
 
@@ -496,7 +514,14 @@ def _inputs(run: _Run, batch_size: int, length: int) -> int:
 
 def _between_layers(run: _Run, choice: Arrangement, batch_size: int, length: int) -> int:
     """What passes between layers, and a batch's ids, labels and mask."""
-    passing = between_layers_bytes(run.counts.layers, choice.modes, batch_size, length, ITEMSIZE)
+    passing = between_layers_bytes(
+        run.counts.layers,
+        choice.modes,
+        batch_size,
+        length,
+        ITEMSIZE,
+        input_gradient=not run.lora_rank,
+    )
     return passing + _inputs(run, batch_size, length)
 
 

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
+import gemma_accel
 import gemma_accel.callback as callback_module
 from gemma_accel.callback import GradientAccumulationCallback, accept_loss_kwargs
 from gemma_accel.report import Report
@@ -725,6 +726,15 @@ def test_no_gradient_of_the_frozen_bottom_is_computed(cls):
     assert reached == [True, False]
     assert "input gradients" in report.notes
     assert error(*gradients) == 0
+
+
+def test_nor_on_an_applied_model():
+    hooks, model = [], top_lora()
+    report = gemma_accel.apply(model, vram_gib=1.0)
+    trainer, _ = build(Trainer, model, gradient_checkpointing=True)
+    trainer.add_callback(Hooks(model.get_input_embeddings(), hooks))
+    trainer.train()
+    assert hooks[0] == 0 and "input gradients" in report.notes
 
 
 class Hooks(TrainerCallback):

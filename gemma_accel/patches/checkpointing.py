@@ -106,7 +106,7 @@ class MemoryPolicy:
         self._in_tiles.clear()
 
     def arrangement(self, hidden: Tensor) -> Arrangement:
-        """What is chosen for hidden states [B, T, D] of this shape."""
+        """What is chosen for hidden states [B, T, D] of this shape, when they enter the stack."""
         if self.forced is not None:
             return self.forced
         key = _key(hidden)
@@ -124,7 +124,12 @@ class MemoryPolicy:
         batch, length, itemsize = *hidden.shape[:2], hidden.element_size()
         held = torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
         passing = between_layers_bytes(
-            self.shapes, [Mode.TIGHT] * len(self.shapes), batch, length, itemsize
+            self.shapes,
+            [Mode.TIGHT] * len(self.shapes),
+            batch,
+            length,
+            itemsize,
+            input_gradient=hidden.requires_grad,
         )
         return arrange(
             self.shapes,
@@ -231,7 +236,9 @@ class MemoryPolicy:
         if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP) or not _has_backward(layer, hidden):
             out = forward(hidden, *rest)
         elif mode in AWAY and hidden.is_cuda:
-            out = self._inputs.run(again, forward, hidden, *rest)
+            # where there is no room for a second input, a layer waits for its own: it is long
+            ahead = mode is not Mode.TIGHT
+            out = self._inputs.run(again, forward, hidden, *rest, ahead=ahead)
         else:
             out = again(forward, hidden, *rest)
         if layer.layer_idx == len(self.shapes) - 1:

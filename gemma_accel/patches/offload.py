@@ -58,7 +58,7 @@ class _Slot:
         self.host = None
 
     def tensor(self) -> Tensor:
-        """The input, back on the device; the layer below starts to come back too."""
+        """The input, back on the device; the one below starts to come back too."""
         self.fetch()
         assert self.copy is not None and self.arrived is not None
         torch.cuda.current_stream(self.device).wait_event(self.arrived)
@@ -135,15 +135,21 @@ class OffloadedInputs:
         self._last = None
 
     def run(
-        self, stock: Callable[..., Any], forward: Callable[..., Any], hidden: Tensor, *rest: Any
+        self,
+        stock: Callable[..., Any],
+        forward: Callable[..., Any],
+        hidden: Tensor,
+        *rest: Any,
+        ahead: bool,
     ) -> Any:
         """``stock(forward, hidden, *rest)``, a non-reentrant checkpoint, with ``hidden`` away until
-        backward.
+        backward. ``ahead``: in this layer's backward the input of the one below starts to come.
         """
-        with torch.autograd.graph.saved_tensors_hooks(self._pack(hidden.data_ptr()), _unpack):
+        pack = self._pack(hidden.data_ptr(), ahead)
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             return stock(forward, hidden, *rest)
 
-    def _pack(self, pointer: int) -> Callable[[Tensor], Any]:
+    def _pack(self, pointer: int, ahead: bool) -> Callable[[Tensor], Any]:
         """A hook that sends away what lies at ``pointer``. It must not hold the tensor itself:
         autograd keeps the hook until backward.
         """
@@ -151,7 +157,7 @@ class OffloadedInputs:
         def pack(tensor: Tensor) -> Any:
             if tensor.data_ptr() != pointer or not tensor.is_cuda or not tensor.is_contiguous():
                 return tensor
-            self._last = _Slot(self, tensor, self._last)
+            self._last = _Slot(self, tensor, self._last if ahead else None)
             return self._last
 
         return pack
