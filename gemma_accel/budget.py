@@ -7,6 +7,7 @@ from torch import nn
 
 from gemma_accel.errors import BudgetError
 from gemma_accel.models import model_device
+from gemma_accel.planner import require_gib
 
 __all__ = ["memory_budget", "weights_gib"]
 
@@ -21,10 +22,10 @@ def memory_budget(base: nn.Module, vram_gib: float | None) -> float | None:
 
     Raises:
         BudgetError: less than the weights that must be on the device.
-        ValueError: not a positive number.
+        ValueError: not a positive, finite number.
     """
-    if vram_gib is not None and not vram_gib > 0:
-        raise ValueError(f"vram_gib must be a positive number of GiB, got {vram_gib!r}")
+    if vram_gib is not None:
+        require_gib("vram_gib", vram_gib)
     device = model_device(base)
     if vram_gib is None:
         vram_gib = _device_budget(device)

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +30,11 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """The console script. What follows ``run`` belongs to the program, options included."""
+    """The console script. What follows ``run`` belongs to the program, options included.
+
+    Exit code 2 where a command cannot be carried out, as for options that do not parse: 1 is an
+    answer (it does not fit, they do not agree).
+    """
     if sys.argv[1:2] == ["run"]:
         from gemma_accel import run
 
@@ -39,7 +44,7 @@ def main() -> None:
         app()
     except GemmaAccelError as error:
         typer.secho(f"gemma-accel: {error}", err=True, fg="red")
-        sys.exit(1)
+        sys.exit(2)
 
 
 @app.command()
@@ -80,17 +85,24 @@ def plan(
     lora_rank: Annotated[int, typer.Option(min=0, help="0: train every weight")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Say what would be where in GPU memory, and whether it fits. Needs no GPU."""
+    """Say what would be where in GPU memory, and whether it fits. Needs no GPU.
+
+    Exit code 1 where it does not fit.
+    """
     from gemma_accel import plan as make_plan
 
-    result = make_plan(
-        _config(model),
-        vram_gib=vram_gib,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        quantization=None if quantization == "none" else quantization,
-        lora_rank=lora_rank,
-    )
+    config = _config(model)
+    try:
+        result = make_plan(
+            config,
+            vram_gib=vram_gib,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            quantization=None if quantization == "none" else quantization,
+            lora_rank=lora_rank,
+        )
+    except ValueError as error:
+        raise GemmaAccelError(str(error)) from error
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
     else:
@@ -217,8 +229,16 @@ def _config(model: str) -> Any:
         return config_of(model)
     try:
         return AutoConfig.from_pretrained(model)
-    except OSError as error:
-        raise GemmaAccelError(str(error)) from error
+    except Exception as error:  # whatever a path or a file that is no config runs into
+        raise _unreadable(model, error) from error
+
+
+def _unreadable(model: str, error: Exception) -> GemmaAccelError:
+    return GemmaAccelError(
+        f"expected a model's directory or a hub id (plan takes a config.json, e2b and e4b too), "
+        f"got {model!r}: {textwrap.shorten(str(error), 300, placeholder=' ...')} Check the path, "
+        "or download the model first."
+    )
 
 
 def _load(model: str, load_in_4bit: bool) -> Any:
@@ -227,12 +247,16 @@ def _load(model: str, load_in_4bit: bool) -> Any:
 
     import gemma_accel.auto  # noqa: F401 - loads within 8 GB what stock would not
 
+    _config(model)
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
-    return AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype="auto",
-        device_map={"": 0} if torch.cuda.is_available() else None,
-        quantization_config=quantization if load_in_4bit else None,
-    )
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model,
+            dtype="auto",
+            device_map={"": 0} if torch.cuda.is_available() else None,
+            quantization_config=quantization if load_in_4bit else None,
+        )
+    except OSError as error:  # a config without weights
+        raise _unreadable(model, error) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -76,6 +77,37 @@ def test_info_prints_a_table(monkeypatch, capsys, references):
     assert torch.__version__ in text and "per_layer_embeddings" in text and "applied" in text
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("plan", "e2b", "--vram-gib", "nan"), "vram_gib must be a positive, finite number"),
+        (("plan", "e2b", "--vram-gib", "inf"), "vram_gib must be a positive, finite number"),
+        (("plan", "e2b", "--quantization", "int8"), "got 'int8' (--quantization nf4 or none)"),
+        (("plan", "e2b", "--lora-rank", "0"), "--quantization none"),
+        (("plan", "empty"), "expected a model's directory or a hub id"),
+        (("plan", "unknown.json"), "got 'unknown.json'"),
+        (("plan", "other.json"), "got 'other.json'"),
+        (("verify", "/no/such/path"), "got '/no/such/path'"),
+        (("verify", "bare"), "got 'bare'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(monkeypatch, capfd, tmp_path, arguments, reason):
+    from gemma_accel import cli
+
+    monkeypatch.setitem(sys.modules, "gemma_accel.auto", ModuleType("auto"))  # which would act
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gemma-accel", *arguments])
+    Path("empty").mkdir()
+    Path("unknown.json").write_text('{"model_type": "nonesuch"}')
+    Path("other.json").write_text('{"model_type": "llama", "hidden_size": 8}')
+    demo.config_of("tiny").save_pretrained("bare")
+    with pytest.raises(SystemExit) as exit:
+        cli.main()
+    assert exit.value.code == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("gemma-accel:")]
+    assert len(said) == 1 and reason in said[0]
+
+
 # -- the demo -------------------------------------------------------------------------------------
 
 
@@ -142,7 +174,7 @@ def refusal(monkeypatch, capsys, *arguments):
     monkeypatch.setattr(sys, "argv", ["gemma-accel", "demo", *arguments])
     with pytest.raises(SystemExit) as exit:
         cli.main()
-    assert exit.value.code == 1
+    assert exit.value.code == 2
     return " ".join(capsys.readouterr().err.split())
 
 

@@ -229,8 +229,10 @@ class TestRefusals:
         with pytest.raises(errors.BudgetError, match=r"Give at least"):
             gemma_accel.apply(model, vram_gib=1e-6)
         assert state(model) == before
-        with pytest.raises(ValueError, match="positive"):
-            gemma_accel.apply(model, vram_gib=-1)
+        for wrong in (-1, float("inf"), float("nan"), "7", True):
+            with pytest.raises(ValueError, match="vram_gib must be a positive, finite"):
+                gemma_accel.apply(model, vram_gib=wrong)
+        assert state(model) == before
 
 
 class _Marker(Patch):
