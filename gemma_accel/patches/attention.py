@@ -14,9 +14,12 @@ knows that by its dtype.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -36,9 +39,20 @@ from gemma_accel.kernels.segments import (
 from gemma_accel.memory import layer_shapes
 from gemma_accel.patches.seams import Fused, Undoing
 
-__all__ = ["NAME", "attention_patch", "unpack", "warn_of_stock"]
+__all__ = ["NAME", "attention_patch", "trained_on", "unpack", "warn_of_stock"]
 
 NAME = "gemma_accel"
+_labels: ContextVar[Tensor | None] = ContextVar("labels", default=None)
+
+
+@contextlib.contextmanager
+def trained_on(labels: Tensor | None) -> Iterator[None]:
+    """A forward whose loss is that of ``labels`` [B, T]."""
+    token = _labels.set(labels)
+    try:
+        yield
+    finally:
+        _labels.reset(token)
 
 
 def mask(
@@ -73,8 +87,8 @@ def mask(
         reason = "the attention mask is not as long as the row (stock cuts it off, or fills it up)"
     elif config is not None:
         reason = _config_refused(config, torch.device(device), kwargs.get("dtype"))
-    if reason is None and padding is not None:
-        reason = padding.refused(q_length)
+    if reason is None and padding is not None and not padding.none:
+        reason = padding.refused(q_length) or _labelled(attention_mask)
     if reason is not None:
         if torch.is_grad_enabled():
             warn_of_stock(reason)
@@ -181,6 +195,20 @@ def _padding(mask: Tensor) -> _Padding:
     valid = mask != 0
     borders = (valid[:, 1:] != valid[:, :-1]).sum(-1) + valid[:, 0].int()
     return _Padding(*torch.stack((valid.all(), (borders <= 2).all(), valid[:, -1].all())).tolist())
+
+
+def _labelled(mask: Any) -> str | None:
+    """Why a padded batch [B, T] needs stock's mask for its labels' sake.
+
+    Stock lets padding see the row's tokens, segments let it see nothing. That is the same unless
+    the loss asks what padding predicts.
+    """
+    labels = _labels.get()
+    if labels is None or labels.shape != mask.shape:
+        return None
+    if not bool(((mask == 0) & (labels != -100)).any()):
+        return None
+    return "padding has labels, and is trained on; set them to -100 there if that is not meant"
 
 
 def _positions(mask_function: Any, batch_size: int, length: int, device: Any) -> Tensor:

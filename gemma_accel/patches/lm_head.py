@@ -26,6 +26,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 )
 
 from gemma_accel.hookspecs import Patch
+from gemma_accel.patches.attention import trained_on
 from gemma_accel.patches.seams import Undoing
 
 __all__ = ["FULL_LOGITS", "lm_head_patch", "set_head_tile"]
@@ -138,6 +139,10 @@ def _forward_of(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with trained_on(kwargs.get("labels")):
+            return run(self, *args, **kwargs)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _serves(self, args, kwargs):
             stock = vars(self).get(_INNER) or functools.partial(kind.forward, self)
             return stock(*args, **kwargs)

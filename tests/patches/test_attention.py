@@ -114,6 +114,18 @@ class TestStockInstead:
             agree(*pair(), inputs, inputs["attention_mask"].bool())
         assert stock_calls
 
+    @pytest.mark.parametrize("side", ["right", "left"])
+    @pytest.mark.parametrize("kind", ["causal", "conditional"])
+    def test_labels_on_padding(self, kind, side, stock_calls):
+        """`padding="max_length"` and ``labels = input_ids``: stock lets padding see the row."""
+        stock, ours = pair(kind)
+        inputs = batch((23, 9), side=side)
+        inputs["labels"] = inputs["input_ids"].clone()
+        patch.warn_of_stock.cache_clear()
+        with pytest.warns(UserWarning, match="set them to -100"):
+            agree(stock, ours, inputs)
+        assert stock_calls
+
     def test_a_four_dimensional_mask(self, stock_calls):
         stock, ours = pair("causal")
         inputs = batch((12, 12))
