@@ -283,6 +283,11 @@ class StackGraphs:
     def __deepcopy__(self, memo: Any) -> None:
         return None
 
+    @property
+    def captured(self) -> bool:
+        """Whether there are graphs now."""
+        return self._captured is not None
+
     def serve(
         self, layer: Any, hidden: Tensor, per_layer_input: Any = None, **kwargs: Any
     ) -> Tensor | None:

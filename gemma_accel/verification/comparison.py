@@ -117,6 +117,9 @@ class Comparison:
         row = self._attempt(*about, lambda: self._found_with(patch, probes))
         if not row.ok:
             self.installation.put_out(patch)
+        elif patch is graphs_patch and not (graphs := self.text.layers[0].graphs).captured:
+            why = graphs.off or "too little memory, or a kind of run that graphs do not serve"
+            return Row(*about, note=f"not tried: nothing was captured ({why})", tried=False)
         return row
 
     def _attempt(self, name: str, modality: str, places: int, find: Callable[[], Found]) -> Row:
@@ -149,7 +152,7 @@ class Comparison:
             # before graphs are captured, which would run past the stations
             found += self._compare(probe, "held")
             # batches that have kept their shape are captured: then the last of several runs counts
-            for _ in range(STEADY if steady else 0):
+            for _ in range(STEADY if steady and probe.modality == "text" else 0):
                 self._run(probe, "free")
             found += self._compare(probe, "free")
         return found

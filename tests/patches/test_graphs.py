@@ -74,7 +74,9 @@ def step(peft, seed, lengths=(24, 24), zero=True, **kwargs):
 
 
 def captured(peft):
-    return text(peft).layers[0].graphs._captured
+    graphs = text(peft).layers[0].graphs
+    assert graphs.captured == (graphs._captured is not None)
+    return graphs._captured
 
 
 def warm(pair, lengths=(24, 24)):
