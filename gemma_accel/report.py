@@ -131,6 +131,7 @@ class Report:
         self._plan = None
         if self._way_back is not None:
             self._way_back(device)
+            _unfuse_copies(self._way_back._base())
             self._way_back = None
 
     def _uncap(self) -> None:
@@ -190,6 +191,13 @@ class Report:
         yield table
         for topic, text in self.notes.items():
             yield f"{topic}: {text}"
+
+
+def _unfuse_copies(model: Any) -> None:
+    """PEFT's copies of patched modules (`modules_to_save`), which no undo knows."""
+    for module in model.modules() if model is not None else ():
+        if (stock := getattr(type(module), "stock", None)) is not None:
+            module.__class__ = stock
 
 
 def _named(path: str, obstacle: Callable[[], str | None]) -> str | None:

@@ -93,6 +93,23 @@ class TestApply:
         assert patching.report_of(model) is None
         assert gemma_accel.apply(model) is not report
 
+    def test_restore_reaches_the_copies_that_peft_has_made(self, model):
+        report = gemma_accel.apply(model)
+        wrapped = get_peft_model(
+            model, LoraConfig(target_modules=r".*\.q_proj", modules_to_save=["norm", "mlp"])
+        )
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.01)
+        stock, expected = [type(m).__name__ for m in model.modules()], logits(wrapped)
+        twin = copy.deepcopy(wrapped)
+        report.restore()
+        assert not any(isinstance(m, Fused) for m in wrapped.modules())
+        assert [type(m).__name__ for m in model.modules()] == stock
+        torch.testing.assert_close(logits(wrapped), expected, rtol=1e-3, atol=1e-4)
+        assert any(isinstance(m, Fused) for m in twin.modules())
+
     def test_knows_the_model_inside_peft(self, model):
         wrapped = get_peft_model(
             model,
