@@ -44,6 +44,7 @@ WORKS = {
         Work("W4", "e2b", 1, 65536),
         Work("W5", "e2b", 1, 2048, quantised=False),
         Work("short", "e2b", 1, 512),
+        Work("longest", "e2b", 1, 131072),
     )
 }
 

@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch.utils._pytree import tree_map
 from transformers import Trainer, TrainingArguments
@@ -90,6 +91,15 @@ def test_who_asks_for_the_loss_or_the_keys_does_not_pay_for_logits(pair, head_ca
     assert not calls
 
 
+@pytest.fixture
+def nobody_before():
+    """Accelerate keeps its first precision for the process; an earlier trainer's may be another."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("nobody_before")
 def test_mixed_precision_by_accelerate_takes_the_logits_along_unread(pair, head_calls):
     calls, watch = head_calls
     watch(pair[1])
