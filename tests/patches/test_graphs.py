@@ -294,13 +294,12 @@ def test_what_changes_after_a_capture_is_noticed(pair):
     assert seen
 
 
-def test_an_evaluation_that_does_not_fit_beside_the_graphs_runs_without_them(pair):
+def test_an_evaluation_that_does_not_fit_beside_the_graphs_runs_without_them(pair, monkeypatch):
     warm(pair)
-    peft, policy = pair[1], text(pair[1]).memory
-    graphs = text(peft).layers[0].graphs
-    held, captures = torch.cuda.memory_reserved(), graphs._captures
-    policy.budget = 1 << 20
-    graphs._key = graphs._key._replace(budget=(policy.budget, policy.fixed))
+    peft = pair[1]
+    graphs, held = text(peft).layers[0].graphs, torch.cuda.memory_reserved()
+    captures = graphs._captures
+    monkeypatch.setattr(text(peft).memory, "evaluation_fits", lambda *_: False)
     with torch.no_grad():
         peft.eval()(**{k: v.cuda() for k, v in batch((24, 24)).items()})
     peft.train()
