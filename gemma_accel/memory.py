@@ -94,8 +94,8 @@ HEAD_TILE = 4096
 
 
 HOST_BOUND = 16384
-"""Tokens from which on a layer keeps even a large card busy for longer than a slow host takes to
-launch it (3 ms on an H100 against 50 launches): doing work twice to make room for graphs is a loss.
+"""Tokens beyond which a layer should keep even a large card busy for longer than a host takes to
+launch it (reckoned, not measured): doing work twice to make room for graphs is then a loss.
 """
 
 

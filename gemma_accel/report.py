@@ -196,7 +196,8 @@ class Report:
 def _unfuse_copies(model: Any) -> None:
     """PEFT's copies of patched modules (`modules_to_save`), which no undo knows."""
     for module in model.modules() if model is not None else ():
-        if (stock := getattr(type(module), "stock", None)) is not None:
+        stock = getattr(type(module), "stock", None)
+        if isinstance(stock, type) and issubclass(type(module), stock):
             module.__class__ = stock
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.losses import compare, curves
+from gemma_accel.planner import plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -94,6 +95,24 @@ def test_the_learning_curve_is_the_file():
         f"over {steps} steps held-out loss falls from {held['first']:.2f} to {held['last']:.2f}, "
         f"and the means part by {held['largest_gap_of_means']:.3f} at most, where stock's own "
         f"seeds spread by {held['stock_spread']:.3f}" in text
+    )
+
+
+def test_what_the_plan_says_of_long_rows_is_what_it_says():
+    text = " ".join(README.split())
+    long, longest = (
+        plan(
+            ROOT / "benchmarks/configs/e2b.json",
+            vram_gib=7.0,
+            batch_size=1,
+            sequence_length=tokens,
+        )
+        for tokens in (65536, 131072)
+    )
+    assert long.fits and longest.fits
+    assert (
+        f"1 x 65,536 tokens fit in 7 GiB, with {long.host_gib:.0f} GiB of host memory, and so do "
+        f"the model's own 131,072, with {longest.host_gib:.0f}" in text
     )
 
 
