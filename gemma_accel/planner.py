@@ -634,7 +634,9 @@ def _components(run: _Run, choice: Arrangement, batch_size: int, length: int) ->
     if run.lora_rank and not run.is_stock:
         found |= {"per-layer table" + _HOST: run.table, "towers" + _HOST: run.towers}
     input_bytes = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
-    away = sum(mode in AWAY for mode in choice.modes)
+    # the first layer's input is the embeddings, which all layers read where it has a per-layer one
+    first = 1 if run.counts.text.hidden_size_per_layer_input else 0
+    away = sum(mode in AWAY for mode in choice.modes[first:])
     found["offloaded inputs" + _HOST] = input_bytes * away
     found["Python and libraries" + _HOST] = PROCESS * GIB
     return {name: size / GIB for name, size in found.items() if size}

@@ -302,10 +302,12 @@ def test_more_memory_is_used():
 
 def test_offloaded_inputs_are_in_host_memory():
     made = make(vram_gib=3.0, batch_size=1, sequence_length=16384)
-    away = sum(n for mode, n in made.choices["layers"].items() if mode.startswith("offload"))
+    layers = made.choices["layers"]
+    away = sum(n for mode, n in layers.items() if mode.startswith("offload"))
     assert away > 0
     size = made.components["offloaded inputs (host)"] * GIB
-    assert size == away * 16384 * 1536 * 2
+    # the first layer, one of these, reads the embeddings, which stay
+    assert size == (away - 1) * 16384 * 1536 * 2
     assert made.host_gib == pytest.approx(
         sum(size for name, size in made.components.items() if "(host)" in name)
     )

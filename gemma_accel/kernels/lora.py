@@ -50,14 +50,17 @@ __all__ = [
 
 
 class Projection(NamedTuple):
-    """One output of a group. ``rows`` takes only those rows of weight, bias and ``lora_b``."""
+    """One output of a group. ``rows`` takes only those rows of weight, bias and ``lora_b``,
+    ``columns`` only those columns of weight and ``lora_a``; each is (start, stop).
+    """
 
     weight: Tensor | NF4Weight  # [N, K]
     bias: Tensor | None = None  # [N]
     lora_a: Tensor | None = None  # [r, K]
     lora_b: Tensor | None = None  # [N, r]
     scaling: float = 1.0
-    rows: tuple[int, int] | None = None  # (start, stop)
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
 
 
 class Gradients(NamedTuple):
@@ -79,13 +82,13 @@ class Needs(NamedTuple):
 def project_ref(x: Tensor, *projections: Projection) -> tuple[Tensor, ...]:
     """The formula in plain PyTorch; adapters work in their own dtype, the sum is rounded to x's."""
     outs = []
-    for weight, bias, lora_a, lora_b, scaling, rows in projections:
-        taken = slice(None) if rows is None else slice(*rows)
+    for weight, bias, lora_a, lora_b, scaling, rows, columns in projections:
+        taken, read = _span(rows), _span(columns)
         if isinstance(weight, NF4Weight):
             weight = nf4_dequantize_ref(weight, dtype=x.dtype)
-        y = F.linear(x, weight[taken], None if bias is None else bias[taken])
+        y = F.linear(x, weight[taken, read], None if bias is None else bias[taken])
         if lora_a is not None and lora_b is not None:
-            delta = F.linear(F.linear(x.to(lora_a.dtype), lora_a), lora_b[taken])
+            delta = F.linear(F.linear(x.to(lora_a.dtype), lora_a[:, read]), lora_b[taken])
             y = (y + scaling * delta).to(x.dtype)
         outs.append(y)
     return tuple(outs)
@@ -125,7 +128,7 @@ def _adapters(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Te
     a, b = [], []
     for p in projections:
         assert p.lora_a is not None and p.lora_b is not None
-        a.append(p.lora_a)
+        a.append(p.lora_a if p.columns is None else p.lora_a[:, _span(p.columns)])
         b.append(_taken(p.lora_b, p))
     if all(t.dtype is dtype for t in (*a, *b)):
         return a[0] if len(a) == 1 else torch.cat(a), b
@@ -146,20 +149,25 @@ def _columns(projections: Sequence[Projection]) -> list[slice]:
     return columns
 
 
+def _span(part: tuple[int, int] | None) -> slice:
+    return slice(None) if part is None else slice(*part)
+
+
 def _taken(parameter: Tensor, p: Projection) -> Tensor:
-    return parameter if p.rows is None else parameter[p.rows[0] : p.rows[1]]
+    return parameter if p.rows is None else parameter[_span(p.rows)]
 
 
-def _all_rows(grad: Tensor, p: Projection, parameter: Tensor | NF4Weight) -> Tensor:
-    """The gradient of a whole parameter, given that of ``p.rows``."""
-    if p.rows is None:
+def _whole(grad: Tensor, parameter: Tensor | NF4Weight, *parts: tuple[int, int] | None) -> Tensor:
+    """The gradient of a whole parameter, given that of a part, by rows and by columns."""
+    if all(part is None for part in parts):
         return grad
     full = torch.zeros(parameter.shape, dtype=grad.dtype, device=grad.device)
-    full[p.rows[0] : p.rows[1]] = grad
+    full[tuple(map(_span, parts))] = grad
     return full
 
 
 def _dense_shape(p: Projection) -> tuple[int, int]:
+    """Of what is decoded at once: all columns of the rows."""
     n_rows, columns = p.weight.shape
     return (n_rows if p.rows is None else p.rows[1] - p.rows[0]), columns
 
@@ -173,14 +181,15 @@ def _scratch(like: Tensor, projections: Sequence[Projection]) -> Tensor | None:
 
 
 def _dense(p: Projection, like: Tensor, cast: bool, scratch: Tensor | None) -> Tensor:
-    """The rows of the weight that the projection takes, dense, in the dtype of ``like``."""
+    """The part of the weight that the projection takes, dense, in the dtype of ``like``."""
     if type(p.weight) is not NF4Weight:
-        weight = _taken(p.weight, p)
+        weight = _taken(p.weight, p)[:, _span(p.columns)]
         return weight.to(like.dtype) if cast else weight
     if scratch is not None:
         n, k = _dense_shape(p)
         scratch = scratch[: n * k].view(n, k)
-    return nf4_dequantize(p.weight, rows=p.rows, dtype=like.dtype, out=scratch)
+    weight = nf4_dequantize(p.weight, rows=p.rows, dtype=like.dtype, out=scratch)
+    return weight[:, _span(p.columns)]
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -258,8 +267,8 @@ def project_backward(
     ``x`` is read for the gradients of weights and of ``lora_a``, ``xa`` for those of ``lora_b``
     (where it is None it is computed again, from ``x``). ``dx`` is in the dtype of the dys, in
     ``out`` where that is given, and None where no dy is. Gradients of parameters are in their
-    dtypes (in ``wide`` where that is given, for a caller who sums over tiles) and have all their
-    rows. Outside autograd, and ``cast`` as in ``project_forward``.
+    dtypes (in ``wide`` where that is given, for a caller who sums over tiles) and whole. Outside
+    autograd, and ``cast`` as in ``project_forward``.
     """
     grads: list[list[Tensor | None]] = [[None] * 4 for _ in projections]
     live = [(i, dy) for i, dy in enumerate(dys) if dy is not None]
@@ -278,10 +287,11 @@ def project_backward(
             dx = torch.mm(dy, weight, out=out) if dx is None else dx.addmm_(dy, weight)
         if need.weight:
             assert x is not None
-            grads[i][0] = _all_rows(_mm(dy.t(), x, wide or p.weight.dtype), p, p.weight)
+            dw = _mm(dy.t(), x, wide or p.weight.dtype)
+            grads[i][0] = _whole(dw, p.weight, p.rows, p.columns)
         if need.bias:
             assert p.bias is not None
-            grads[i][1] = _all_rows(dy.sum(0, dtype=wide or p.bias.dtype), p, p.bias)
+            grads[i][1] = _whole(dy.sum(0, dtype=wide or p.bias.dtype), p.bias, p.rows)
     if late is not None:
         assert dx is not None
         dx.add_(late)  # in the wider dtype, rounded once
@@ -325,7 +335,7 @@ def _adapters_backward(
         if needs.each[i].lora_b:
             assert xa is not None and p.lora_b is not None
             db = _mm(dy.t(), xa[:, of_xa[i]], wide or p.lora_b.dtype)
-            grads[i][3] = _all_rows(db, p, p.lora_b)
+            grads[i][3] = _whole(db, p.lora_b, p.rows)
         if down:
             dxa[:, columns].addmm_(dy, b, beta=0, alpha=p.scaling)
 
@@ -335,13 +345,15 @@ def _adapters_backward(
         dtypes = {p.lora_a.dtype for p in adapted if p.lora_a is not None}
         if all(wanted) and len(dtypes) == 1:
             da = _mm(dxa.t(), x.to(dtype), wide or dtypes.pop())
-            for (i, _), columns in zip(live, of_dxa, strict=True):
-                grads[i][2] = da[columns]
+            for (i, _), p, columns in zip(live, adapted, of_dxa, strict=True):
+                assert p.lora_a is not None
+                grads[i][2] = _whole(da[columns], p.lora_a, None, p.columns)
         else:
             for (i, _), p, columns in zip(live, adapted, of_dxa, strict=True):
                 if needs.each[i].lora_a:
                     assert p.lora_a is not None
-                    grads[i][2] = _mm(dxa[:, columns].t(), x.to(dtype), wide or p.lora_a.dtype)
+                    one = _mm(dxa[:, columns].t(), x.to(dtype), wide or p.lora_a.dtype)
+                    grads[i][2] = _whole(one, p.lora_a, None, p.columns)
     if not needs.x:
         return None
     return torch.mm(dxa, stacked, out=out if dtype is like.dtype else None)
@@ -428,8 +440,9 @@ def project(x: Tensor, *projections: Projection) -> tuple[Tensor, ...]:
         ``nn.Linear`` or bitsandbytes' ``Linear4bit``
 
     Shapes:
-        ``x`` ``[..., K]``; returns ``[..., N_i]`` for each projection, only its ``rows`` where
-        given. Saved: x once, and ``[M, sum r]``. Gradients of parameters have all their rows.
+        ``x`` ``[..., K]``, or as wide as the ``columns`` given; returns ``[..., N_i]`` for each
+        projection, only its ``rows`` where given. Saved: x once, and ``[M, sum r]``. Gradients of
+        parameters are whole.
 
     Numerics:
         Products accumulate in float32.
@@ -500,11 +513,15 @@ def check_projections(projections: Sequence[Projection]) -> None:
                 f"project: the bias of projection {i} must have shape (N,), got "
                 f"{tuple(p.bias.shape)}. Pass this layer's own bias."
             )
-        if p.rows is not None and not 0 <= p.rows[0] < p.rows[1] <= p.weight.shape[0]:
-            raise ValueError(
-                f"project: rows of projection {i} must be (start, stop) with 0 <= start < stop <= "
-                f"{p.weight.shape[0]}, got {p.rows}. Pass the range of output rows that is wanted."
-            )
+        for name, part, size in zip(
+            ("rows", "columns"), (p.rows, p.columns), p.weight.shape, strict=True
+        ):
+            if part is not None and not 0 <= part[0] < part[1] <= size:
+                raise ValueError(
+                    f"project: {name} of projection {i} must be (start, stop) with 0 <= start < "
+                    f"stop <= {size}, got {part}. Pass the range of the weight's {name} that is "
+                    "wanted."
+                )
 
 
 def _complaint(
@@ -517,10 +534,11 @@ def _complaint(
         )
     for i, p in enumerate(projections):
         n, k = p.weight.shape
-        if k != x.shape[-1]:
+        width = k if p.columns is None else p.columns[1] - p.columns[0]
+        if width != x.shape[-1]:
             return ValueError(
-                f"project: the weight of projection {i} takes {k} columns, x has {x.shape[-1]}. "
-                "Projections of one call share their input."
+                f"project: the weight of projection {i} takes {width} columns, x has "
+                f"{x.shape[-1]}. Projections of one call share their input."
             )
         if dtype is None and type(p.weight) is not NF4Weight and p.weight.dtype is not x.dtype:
             return TypeError(

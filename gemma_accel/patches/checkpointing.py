@@ -36,6 +36,7 @@ from gemma_accel.memory import (
 from gemma_accel.patches.graphs import StackGraphs
 from gemma_accel.patches.lm_head import set_head_tile
 from gemma_accel.patches.offload import OffloadedInputs
+from gemma_accel.patches.per_layer import LayerInput
 from gemma_accel.patches.seams import Fused, Undoing
 
 __all__ = ["MemoryPolicy", "checkpointing_patch", "graphs_patch"]
@@ -90,6 +91,11 @@ class MemoryPolicy:
         if (fixed, trained) != (self.fixed, self.trained):
             self.fixed, self.trained = fixed, trained
             self._choose_anew()
+
+    def allow_graphs(self) -> None:
+        """Layers may be captured from now on."""
+        self.captures = True
+        self._choose_anew()
 
     def give_up_graphs(self) -> None:
         """No layers will be captured any more."""
@@ -235,7 +241,7 @@ class MemoryPolicy:
         again = functools.partial(stock, preserve_rng_state=_draws(layer))
         if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP) or not _has_backward(layer, hidden):
             out = forward(hidden, *rest)
-        elif mode in AWAY and hidden.is_cuda:
+        elif mode in AWAY and hidden.is_cuda and not _stays(hidden, *rest):
             # where there is no room for a second input, a layer waits for its own: it is long
             ahead = mode is not Mode.TIGHT
             out = self._inputs.run(again, forward, hidden, *rest, ahead=ahead)
@@ -253,6 +259,11 @@ def _key(hidden: Tensor) -> tuple[int, ...]:
 def _has_backward(layer: Any, hidden: Tensor) -> bool:
     """False below everything that is trained."""
     return hidden.requires_grad or any(p.requires_grad for p in layer.parameters())
+
+
+def _stays(hidden: Tensor, per_layer_input: Any = None, *_: Any) -> bool:
+    """Whether a layer's input is the embeddings, which every layer reads: on the device anyway."""
+    return isinstance(per_layer_input, LayerInput) and per_layer_input.reads(hidden)
 
 
 def _draws(layer: Any) -> bool:
@@ -328,7 +339,7 @@ class GraphsPatch(Patch):
 
     def install(self, module: Any) -> Undoing:
         graphs = StackGraphs(module)
-        module.memory.captures = True
+        module.memory.allow_graphs()
         for layer in module.layers:
             layer.graphs = graphs
 

@@ -309,14 +309,16 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         per_layer_input: Tensor | LayerInput | None,
     ) -> Tensor:
         """Its second half: the MLP, the per-layer input, their residuals, the layer's scalar."""
-        if normed is None:
-            normed = self.pre_feedforward_layernorm(hidden_states)
-        out = self.mlp(normed)
+        scale = {} if self.hidden_size_per_layer_input else {"scale": self.layer_scalar}
+        # the norm and the MLP's output get no names, which would hold them for the rest of it
+        hidden_states = _joint(
+            self.mlp(self.pre_feedforward_layernorm(hidden_states) if normed is None else normed),
+            hidden_states,
+            self.post_feedforward_layernorm,
+            **scale,
+        )
         if not self.hidden_size_per_layer_input:
-            return _joint(
-                out, hidden_states, self.post_feedforward_layernorm, scale=self.layer_scalar
-            )
-        hidden_states = _joint(out, hidden_states, self.post_feedforward_layernorm)
+            return hidden_states
 
         (gate,) = self.project(hidden_states, self.per_layer_input_gate)
         if isinstance(per_layer_input, LayerInput):

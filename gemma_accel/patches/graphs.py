@@ -550,7 +550,7 @@ def _identity(linear: nn.Module) -> Any:
     projection = as_projection(linear)
     if isinstance(projection, str):
         return projection
-    weight, _, lora_a, lora_b, scaling, _ = projection
+    weight, _, lora_a, lora_b, scaling = projection[:5]
     packed = weight.packed if isinstance(weight, NF4Weight) else weight
     if lora_a is None or lora_b is None:
         return packed.data_ptr()

@@ -19,8 +19,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
     eager_attention_forward,
 )
 
-from gemma_accel.kernels.lora import Projection, autocast_dtype, project
-from gemma_accel.kernels.nf4 import NF4Weight, nf4_dequantize
+from gemma_accel.kernels.lora import Projection, project
 from gemma_accel.kernels.qk_norm_rope import qkv_norm_rope
 from gemma_accel.patches.projections import as_projection
 
@@ -94,8 +93,8 @@ def _group(
     kwargs: dict[str, Any],
 ) -> Tensor:
     size, shape = attention.head_dim, x.shape[:-1]
-    columns = slice(heads.start * size, heads.stop * size)
-    (query,) = project(x, read[0]._replace(rows=(columns.start, columns.stop)))
+    columns = heads.start * size, heads.stop * size
+    (query,) = project(x, read[0]._replace(rows=columns))
     query, _, _ = qkv_norm_rope(
         query.view(*shape, -1, size),
         None,
@@ -124,7 +123,7 @@ def _group(
         **kwargs,
     )
     out = out.reshape(*shape, -1)
-    return project(out, _columns(read[1], columns, out))[0]
+    return project(out, read[1]._replace(columns=columns))[0]
 
 
 class _OneGroup:
@@ -135,13 +134,3 @@ class _OneGroup:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attention, name)
-
-
-def _columns(projection: Projection, columns: slice, x: Tensor) -> Projection:
-    """The part of a projection that reads some of its input's columns."""
-    weight, lora_a = projection.weight, projection.lora_a
-    if isinstance(weight, NF4Weight):
-        weight = nf4_dequantize(weight, dtype=autocast_dtype(x) or x.dtype)
-    return projection._replace(
-        weight=weight[:, columns], lora_a=None if lora_a is None else lora_a[:, columns]
-    )

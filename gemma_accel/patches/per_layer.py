@@ -198,6 +198,10 @@ class LayerInput:
             input_scale=model.per_layer_input_scale,
         )
 
+    def reads(self, embeds: Tensor) -> bool:
+        """Whether these embeddings are what it is made from, and so stay as long as it does."""
+        return self._inputs._embeds is embeds
+
     def graph_ids(self) -> Tensor | None:
         """The token ids, where the input can be made again from them and the embeddings alone, on
         the device.

@@ -620,6 +620,17 @@ def test_gradcheck_of_reference_and_of_ours():
 
         return inner
 
+    def call_by_columns(function):
+        def inner(x, w, bias, a, b, w2, a2, b2):
+            first = Projection(w, bias, a, b, 0.5, (1, 5), (2, 4))
+            second = Projection(w2, None, a2, b2, 2.0, columns=(0, 2))
+            return function(x[..., :2], first, second)
+
+        return inner
+
+    assert gradcheck(call_by_columns(project_ref), leaves)
+    assert gradcheck(call_by_columns(project), leaves)
+
     assert gradcheck(call(project_ref), leaves)
     assert gradcheck(call(project), leaves)
 
@@ -632,6 +643,8 @@ def test_says_what_is_wrong(device):
         (ValueError, "one of lora_a and lora_b", good._replace(lora_b=None)),
         (ValueError, "rows of projection 0", good._replace(rows=(0, 193))),
         (ValueError, "rows of projection 0", good._replace(rows=(5, 5))),
+        (ValueError, "columns of projection 0", good._replace(columns=(0, K + 1))),
+        (ValueError, "takes 8 columns", good._replace(columns=(0, 8))),
         (ValueError, "takes 64 columns", Projection(torch.ones(8, 64, device=device))),
         (ValueError, "bias of projection 0", good._replace(bias=plain.bias)),
         (ValueError, "adapters of projection 0", good._replace(lora_b=good.lora_b[:9])),

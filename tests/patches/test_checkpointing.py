@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 import gemma_accel
+from gemma_accel.kernels.nf4 import NF4Weight
 from gemma_accel.memory import (
     HEAD_TILE,
     Arrangement,
@@ -152,6 +153,42 @@ def test_a_replay_leaves_the_shared_keys_of_the_forward(mode, monkeypatch):
 
 
 @pytest.mark.usefixtures("references")
+def _nodes(node, seen):
+    if node is not None and node not in seen:
+        seen.add(node)
+        for below, _ in node.next_functions:
+            _nodes(below, seen)
+    return seen
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("mode", [Mode.KEEP, Mode.TIGHT])
+def test_a_projection_holds_parameters_alone(mode):
+    """A decoded weight on its node would stay from forward to backward: a checkpoint lets go only
+    of what is saved for backward.
+    """
+    import bitsandbytes as bnb
+
+    model = tiny_model("causal", towers=False)
+    for layer in model.model.layers:
+        dense = layer.self_attn.o_proj
+        four = bnb.nn.Linear4bit(dense.in_features, dense.out_features, bias=False)
+        four.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4")
+        layer.self_attn.o_proj = four.to("cpu")
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=LANGUAGE, init_lora_weights=False))
+    gemma_accel.apply(peft, vram_gib=1.0)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    force(model, [mode] * 5)
+    nodes = _nodes(peft(**batch()).loss.grad_fn, set())
+    of_projections = [n for n in nodes if type(n).__name__ == "ProjectFunctionBackward"]
+    quantised = 0
+    for node in of_projections:
+        assert all(isinstance(p, torch.nn.Parameter) for p in node.parameters if p is not None)
+        quantised += sum(isinstance(p.weight, NF4Weight) for p in node.projections)
+    heads = model.config.num_attention_heads
+    assert quantised == 5 * (min(heads, 8) if mode is Mode.TIGHT else 1)
+
+
 class TestBounds:
     def test_without_checkpointing_nothing_is_recomputed(self, executions):
         model, peft = adapted()
