@@ -1,18 +1,21 @@
 """What a Trainer does at every step that has the same result as the step before.
 
-Each step it walks all modules of the model to set them to train mode, and all parameters to count
-them for its FLOP statistics: thousands of each for E2B with adapters, and a good part of a short
-step's Python (benchmarks/LOG.md). Both answers are remembered while a training runs.
+Each step it walks all modules of the model to set them to train mode, to count parameters for its
+FLOP statistics, to clip gradients and to zero them: thousands of each for E2B with adapters, and a
+good part of a short step's Python (benchmarks/LOG.md). The answers are remembered while a training
+runs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import types
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as registration
 
 from gemma_accel.models import base_model
 
@@ -22,47 +25,97 @@ __all__ = ["remembered"]
 @contextlib.contextmanager
 def remembered(model: nn.Module) -> Iterator[None]:
     """While open, ``model.train()`` does nothing where it was the last to be called with that mode,
-    and parameters are counted once.
+    parameters are counted once, and found once for as long as none is registered anywhere.
     """
     base: Any = base_model(model)
-    owners: list[tuple[Any, str]] = []
-    for owner, name, replacement in (
-        (base, "num_parameters", functools.cache(base.num_parameters)),
-        (model, "train", _train_once(model, base)),
-    ):
-        if replacement is not None and name not in vars(owner):
-            setattr(owner, name, replacement)
-            owners.append((owner, name))
+    wanted: list[_Stand] = [_Count(base, "num_parameters")]
+    if not any(_differs_in_training(module) for module in model.modules()):
+        wanted.append(_Train(model, "train"))
+    found = _Parameters(model, "parameters")
+    stands = [stand for stand in (*wanted, found) if stand.name not in vars(stand.owner)]
+    for stand in stands:
+        setattr(stand.owner, stand.name, stand)
+    hooks = [
+        register(found.forget)
+        for register in (
+            registration.register_module_parameter_registration_hook,
+            registration.register_module_module_registration_hook,
+        )
+    ]
     try:
         yield
     finally:
-        for owner, name in owners:
-            vars(owner).pop(name, None)
+        for hook in hooks:
+            hook.remove()
+        for stand in stands:
+            vars(stand.owner).pop(stand.name, None)
 
 
-def _train_once(model: nn.Module, base: nn.Module) -> Any:
-    """`train` that walks the modules only when the mode changes; None where a module's own mode
-    makes a difference.
+class _Stand:
+    """In the place of a module's method. A copy of the module has the method itself there."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        self.owner, self.name, self.stock = owner, name, getattr(owner, name)
+
+    def __reduce__(self) -> Any:
+        return _method, (self.owner, self.name)
+
+
+def _method(owner: nn.Module, name: str) -> Any:
+    return types.MethodType(getattr(type(owner), name), owner)
+
+
+class _Count(_Stand):
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__(owner, name)
+        self._known: dict[Any, int] = {}
+
+    def __call__(self, *args: bool, **kwargs: bool) -> int:
+        key = args, tuple(kwargs.items())
+        if key not in self._known:
+            self._known[key] = self.stock(*args, **kwargs)
+        return self._known[key]
+
+
+class _Train(_Stand):
+    """Walks the modules only when the mode changes.
 
     Somebody may set single modules to another mode between two steps, which stock's walk would
-    undo. That is only seen where a module computes something else in train mode, and where the
-    whole model inside PEFT's was set: its layers are not checkpointed then.
+    undo. That is only seen where a module computes something else in train mode (there is no
+    stand-in then), and where the whole model inside PEFT's was set: its layers are not checkpointed
+    then.
     """
-    if any(_differs_in_training(module) for module in model.modules()):
-        return None
-    stock, last = model.train, None
 
-    def train(mode: bool = True) -> nn.Module:
-        nonlocal last
-        if mode is not last or base.training is not mode:
-            stock(mode)
-            last = mode
-        return model
+    _last: bool | None = None
 
-    return train
+    def __call__(self, mode: bool = True) -> nn.Module:
+        if mode is not self._last or base_model(self.owner).training is not mode:
+            self.stock(mode)
+            self._last = mode
+        return self.owner
 
 
 def _differs_in_training(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return module.p > 0
     return isinstance(module, nn.modules.batchnorm._NormBase)
+
+
+class _Parameters(_Stand):
+    """Weakly: one that was replaced is not held, and makes the others be looked for again."""
+
+    _known: list[weakref.ref[nn.Parameter]] | None = None
+
+    def __call__(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        if not recurse:
+            yield from self.stock(recurse)
+            return
+        alive = [p for known in self._known or () if (p := known()) is not None]
+        if self._known is None or len(alive) < len(self._known):
+            alive = list(self.stock())
+            self._known = [weakref.ref(parameter) for parameter in alive]
+        yield from alive
+
+    def forget(self, *_: Any) -> None:
+        """Something was registered in some module: this one's may be others now."""
+        self._known = None

@@ -16,16 +16,17 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from gemma_accel.kernels.nf4 import NF4Weight
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding, LayerInput, PerLayerInputs
 from gemma_accel.patches.projections import as_projection
 
@@ -252,14 +253,65 @@ class _Watch:
             self._event = None
 
 
+class _Modules:
+    """All modules whose forward a capture holds, as they were found.
+
+    To walk them takes milliseconds at every step, on a slow host tens of them; to look whether all
+    are still there and what their numbers are now, a tenth of that.
+    """
+
+    def __init__(self, text: Any) -> None:
+        modules = list(_captured_modules(text))
+        self.token = object()
+        self._owners = [owner for m in modules for owner in (m._modules, m._parameters)]
+        self._sizes = [len(owner) for owner in self._owners]
+        self._places = [(owner, name) for owner in self._owners for name in owner]
+        self._members = [owner[name] for owner, name in self._places]
+        self._variables = [vars(m) for m in modules]
+        self._parameters = [p for p in self._members if isinstance(p, nn.Parameter)]
+        self._adapted = [m for m in modules if isinstance(m, LoraLayer)]
+        self._dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
+
+    def are_there(self) -> bool:
+        """Whether none has come, gone or been replaced since."""
+        return [len(owner) for owner in self._owners] == self._sizes and all(
+            map(operator.is_, [o.get(name) for o, name in self._places], self._members)
+        )
+
+    def state(self) -> tuple[Any, ...]:
+        """Where the parameters are and which are trained, and which adapters act how."""
+        return (
+            [p.data_ptr() for p in self._parameters],
+            [p.requires_grad for p in self._parameters],
+            [
+                (m.active_adapters, m.disable_adapters, m.merged, dict(m.scaling))
+                for m in self._adapted
+            ],
+            [m.p for m in self._dropouts],
+        )
+
+    def hooked(self) -> bool:
+        """Whether somebody watches one, or runs something else in place of its forward."""
+        return any(
+            v["_forward_hooks"] or v["_forward_pre_hooks"] or v["_backward_hooks"] or "forward" in v
+            for v in self._variables
+        )
+
+
+_found: weakref.WeakKeyDictionary[nn.Module, _Modules] = weakref.WeakKeyDictionary()
+"""By text model. Not in its `StackGraphs`, which its layers hold: that circle would keep a model
+that is dropped until Python collects it.
+"""
+
+
 class _Key(NamedTuple):
     """Everything that a captured graph takes for granted."""
 
     hidden: tuple[torch.Size, torch.dtype, bool]
     inputs: tuple[tuple[torch.Size, torch.dtype] | None, ...]
     autocast: tuple[bool, torch.dtype]
-    linears: tuple[Any, ...]
-    trained: tuple[int, ...]
+    modules: object
+    state: tuple[Any, ...]
     hooked: bool
     checkpointing: tuple[bool, ...]
     table: Any
@@ -406,31 +458,16 @@ class StackGraphs:
         return ids, mask, kwargs.get("position_ids")
 
     def _key_of(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> _Key:
-        linears = [
-            None if (linear := getattr(owner, name, None)) is None else _identity(linear)
-            for layer in text.layers
-            for owner, names in (
-                (layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
-                (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
-                (layer, ("per_layer_input_gate", "per_layer_projection")),
-            )
-            for name in names
-        ]
-        modules = list(_captured_modules(text))
+        modules = _found.get(text)
+        if modules is None or not modules.are_there():
+            modules = _found[text] = _Modules(text)
         return _Key(
             hidden=(hidden.shape, hidden.dtype, hidden.requires_grad),
             inputs=tuple(None if t is None else (t.shape, t.dtype) for t in rest),
             autocast=(torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")),
-            linears=tuple(linears),
-            trained=tuple(
-                id(p)
-                for m in modules
-                for p in m._parameters.values()
-                if p is not None and p.requires_grad
-            ),
-            hooked=any(
-                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules
-            ),
+            modules=modules.token,
+            state=modules.state(),
+            hooked=modules.hooked(),
             checkpointing=tuple(layer.gradient_checkpointing for layer in text.layers),
             table=_identity_of_table(getattr(text, "embed_tokens_per_layer", None)),
             budget=(text.memory.budget, text.memory.fixed),
@@ -440,7 +477,7 @@ class StackGraphs:
         """Capture, again with less memory where it turns out to be too little; whether it is
         done.
         """
-        if self._key.hooked or any(isinstance(linear, str) for linear in self._key.linears):
+        if self._key.hooked or not all(map(_is_read, _linears(text))):
             self._turn_off("a layer is watched by a hook, or is not read by the fused step")
             return False
         while text.memory.graphs_fit(hidden, host_bound=self._watch.host_bound):
@@ -460,6 +497,8 @@ class StackGraphs:
             if short <= 0:
                 return True
             self._release()
+            gc.collect()  # what failed may lie about in circles, and would count as taken
+            _empty()
             if failed:
                 self._turn_off(failed)
                 return False
@@ -532,9 +571,7 @@ def _is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def _captured_modules(text: Any) -> Iterator[nn.Module]:
-    """All whose forward a capture holds. (`Module.modules()` takes five times as long, at every
-    step.)
-    """
+    """All whose forward a capture holds."""
     found = [getattr(text, name, None) for name in ("layers", *_CONTEXT)]
     while found:
         module = found.pop()
@@ -543,19 +580,21 @@ def _captured_modules(text: Any) -> Iterator[nn.Module]:
             found.extend(module._modules.values())
 
 
-def _identity(linear: nn.Module) -> Any:
-    """Addresses and scaling of what a linear layer computes with now, or the reason why the fused
-    step does not read it.
-    """
-    projection = as_projection(linear)
-    if isinstance(projection, str):
-        return projection
-    weight, _, lora_a, lora_b, scaling = projection[:5]
-    packed = weight.packed if isinstance(weight, NF4Weight) else weight
-    if lora_a is None or lora_b is None:
-        return packed.data_ptr()
-    trained = lora_a.requires_grad, lora_b.requires_grad
-    return packed.data_ptr(), lora_a.data_ptr(), lora_b.data_ptr(), scaling, trained
+def _linears(text: Any) -> Iterator[nn.Module]:
+    for layer in text.layers:
+        for owner, names in (
+            (layer.self_attn, ("q_proj", "k_proj", "v_proj", "o_proj")),
+            (layer.mlp, ("gate_proj", "up_proj", "down_proj")),
+            (layer, ("per_layer_input_gate", "per_layer_projection")),
+        ):
+            yield from (
+                linear for name in names if (linear := getattr(owner, name, None)) is not None
+            )
+
+
+def _is_read(linear: nn.Module) -> bool:
+    """Whether the fused step reads it: its own forward may do what a capture does not see."""
+    return not isinstance(as_projection(linear), str)
 
 
 def _identity_of_table(table: Any) -> Any:

@@ -115,23 +115,22 @@ def _sort(key: str) -> str:
 def relative_errors(ours: Tensor, stock: Tensor, *, activations: bool) -> Tensor:
     """Relative difference, float64 [3]: 2-norm, largest element, part along ``stock``.
 
-    What is not finite is infinite. The last is asked of activations [..., D] and their gradients.
-    Random errors have such a part too: if each token's are its own, 1/sqrt(n) of their size, n
-    being the tokens that matter (a gradient may be ruled by few: n is the participation ratio of
-    their squares). Four times that is taken off. A parameter's gradient is a sum over tokens, so
-    nothing is known of its share.
+    On their device: whoever reads it waits for the device. What is not finite is infinite.
+
+    The last is asked of activations [..., D] and their gradients. Random errors have such a part
+    too: if each token's are its own, 1/sqrt(n) of their size, n being the tokens that matter (a
+    gradient may be ruled by few: n is the participation ratio of their squares). Four times that is
+    taken off. A parameter's gradient is a sum over tokens, so nothing is known of its share.
     """
     s = stock.double()
     d = ours.double() - s
     squares = s.square().sum(-1).flatten() if activations else s.square().sum().view(1)
-    size = squares.sum().sqrt()
-    if size == 0:
-        same = not bool(d.any())
-        return torch.zeros(3, dtype=torch.float64) if same else INFINITE
+    size = squares.sum().sqrt()  # where that is zero, 0/0 below is set right in the end
     norm = torch.linalg.vector_norm(d) / size
     along = norm * 0
     if activations:
         chance = squares.square().sum().sqrt() / squares.sum()
         along = ((d * s).sum().abs() / size**2 - 4 * norm * chance).clamp_min(0)
     errors = torch.stack((norm, d.abs().max() / s.abs().max(), along))
-    return errors.cpu().nan_to_num(nan=float("inf"))
+    errors = errors.nan_to_num(nan=float("inf"))
+    return errors.masked_fill((size == 0) & ~d.any(), 0.0)

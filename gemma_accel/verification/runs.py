@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 import zlib
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Probe:
         modality: whose patches it reaches.
         forward: the loss of the model as it is now.
         mask: of the layers' inputs [B, T], false where they are padding.
-        tape: what the stock run gave, by name, on the CPU.
+        tape: what the stock run gave, by name, on the CPU (locked there, where a device reads it).
     """
 
     name: str
@@ -45,6 +46,11 @@ class Probe:
     forward: Callable[[Run], Tensor]
     mask: Tensor | None = None
     tape: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor | None:
+        """Which of the batch's tokens, counted through, are no padding."""
+        return None if self.mask is None else self.mask.flatten().nonzero().squeeze(-1)
 
     def not_finite(self) -> str:
         """The name of the first thing on the tape that is not finite, "" where all is."""
@@ -78,6 +84,11 @@ class Run:
                 missed = key.endswith(INPUT) and key not in self._seen
                 if missed and not self._is_spared(key):
                     self._seen[key] = INFINITE
+        # in one go: each by itself would make the host wait for the device
+        waiting = [key for key, error in self._seen.items() if error.device.type != "cpu"]
+        if waiting:
+            together = torch.stack([self._seen[key] for key in waiting]).cpu()
+            self._seen.update(zip(waiting, together, strict=True))
         return self._seen
 
     # -- within the model --
@@ -96,7 +107,7 @@ class Run:
                 self.precision.meet(torch.get_autocast_dtype(x.device.type))
             self._record(key, x if hold else self._rows_of(x))
         elif self.mode == "held" and key in self.probe.tape:
-            stock = self.probe.tape[key].to(x.device)
+            stock = self._stock(key, x)
             # a checkpointed layer comes by twice
             if key not in self._seen and not self._is_spared(key):
                 ours, theirs = (x, stock) if hold else (self._rows_of(x), stock)
@@ -116,8 +127,10 @@ class Run:
 
     def _tokens_of(self, x: Tensor) -> Tensor:
         """Without padding, which may see what it likes."""
-        mask = self.probe.mask
-        return x[mask] if mask is not None and x.shape[:2] == mask.shape else x
+        mask, tokens = self.probe.mask, self.probe.tokens
+        if mask is None or tokens is None or x.shape[:2] != mask.shape:
+            return x
+        return x.flatten(0, 1)[tokens.to(x.device)]
 
     def _rows_of(self, x: Tensor) -> Tensor:
         rows = self._tokens_of(x).flatten(0, -2) if x.dim() > 1 else x
@@ -131,14 +144,14 @@ class Run:
         if self.mode == "record":
             self._record(key, x)
         elif self.mode == "held":
-            self._compare(key, x, self.probe.tape[key].to(x.device))
+            self._compare(key, x, self._stock(key, x))
 
     def loss(self, loss: Tensor) -> None:
         """Record or compare it."""
         if self.mode == "record":
             self._record("loss", loss.double())
         else:
-            self._compare("loss", loss.double(), self.probe.tape["loss"].to(loss.device))
+            self._compare("loss", loss.double(), self._stock("loss", loss))
 
     def gradients(self, trained: list[tuple[str, nn.Parameter]]) -> None:
         """Record or compare every parameter's; in a free run all of them as one."""
@@ -148,15 +161,17 @@ class Run:
             if self._is_spared(key):
                 continue
             ours = None if parameter.grad is None else _sampled(parameter.grad)
-            stock = self.probe.tape.get(key)
+            stock = None
+            if ours is not None and key in self.probe.tape:
+                stock = self._stock(key, ours)
             if self.mode == "record":
                 if ours is not None:
                     self._record(key, ours)
             elif ours is None or stock is None:
-                if ours is not stock:
+                if ours is not None or key in self.probe.tape:
                     self._seen[key] = INFINITE
             elif self.mode == "held":
-                self._compare(key, ours, stock.to(ours.device))
+                self._compare(key, ours, stock)
             else:
                 pairs.append((ours, stock))
         if pairs:
@@ -164,7 +179,11 @@ class Run:
 
     def _record(self, key: str, x: Tensor) -> None:
         if key not in self.probe.tape:
-            self.probe.tape[key] = x.detach().to("cpu", copy=True)
+            there = x.detach().to("cpu", copy=True)
+            self.probe.tape[key] = there.pin_memory() if x.is_cuda else there
+
+    def _stock(self, key: str, like: Tensor) -> Tensor:
+        return self.probe.tape[key].to(like.device, non_blocking=True)
 
     def _compare(self, key: str, ours: Tensor, stock: Tensor, *, activations: bool = False) -> None:
         if ours.shape != stock.shape:
@@ -199,10 +218,11 @@ def _sampled(gradient: Tensor) -> Tensor:
 
 def _error_as_one(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Of vectors and stock's, laid end to end: the 2-norm alone."""
-    differences, sizes = [0.0], [0.0]
+    device = pairs[0][0].device
+    difference = size = torch.zeros((), dtype=torch.float64, device=device)
     for ours, stock in pairs:
-        s = stock.to(ours.device).double()
-        differences.append((ours.double() - s).square().sum().item())
-        sizes.append(s.square().sum().item())
-    total = (sum(differences) / (sum(sizes) or 1.0)) ** 0.5
-    return torch.tensor([total, 0, 0], dtype=torch.float64)
+        s = stock.double()
+        difference = difference + (ours.double() - s).square().sum().to(device)
+        size = size + s.square().sum().to(device)
+    total = (difference / size.masked_fill(size == 0, 1.0)).sqrt()
+    return torch.stack((total, total * 0, total * 0))

@@ -17,6 +17,7 @@ from gemma_accel.patches.graphs import (
     _capturing,
     _fresh,
     _is_out_of_memory,
+    _Modules,
     _Watch,
 )
 from tests.tiny import LANGUAGE, tiny_model
@@ -208,6 +209,48 @@ class TestWhatAGraphTakesForGranted:
         before = graphs._key_of(text, HIDDEN, ())
         text.get_submodule(name).weight.requires_grad_(True)
         assert graphs._key_of(text, HIDDEN, ()) != before
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            pytest.param(lambda p: p.weight.data.copy_(p.weight.data.clone()), id="nothing moved"),
+            pytest.param(lambda p: setattr(p.weight, "data", p.weight.data.clone()), id="moved"),
+            pytest.param(
+                lambda p: setattr(p, "weight", torch.nn.Parameter(p.weight.data)), id="replaced"
+            ),
+            pytest.param(lambda p: p.register_module("more", torch.nn.Identity()), id="more"),
+            pytest.param(lambda p: setattr(p, "forward", p.forward), id="another forward"),
+        ],
+    )
+    def test_where_its_parameters_lie(self, stack, change, request):
+        text, graphs = stack
+        before = graphs._key_of(text, HIDDEN, ())
+        change(text.layers[3].self_attn.o_proj.base_layer)
+        same = request.node.callspec.id == "nothing moved"
+        assert (graphs._key_of(text, HIDDEN, ()) == before) is same
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda layer: layer.set_scale("default", 3.0),
+            lambda layer: layer.enable_adapters(False),
+            lambda layer: layer.merge(),
+            lambda layer: layer.set_adapter([]),
+        ],
+        ids=["scaling", "disabled", "merged", "switched"],
+    )
+    def test_which_adapters_act(self, stack, change):
+        text, graphs = stack
+        before = graphs._key_of(text, HIDDEN, ())
+        change(text.layers[3].self_attn.o_proj)
+        assert graphs._key_of(text, HIDDEN, ()) != before
+
+    def test_layers_hold_graphs_which_do_not_hold_layers(self, stack):
+        """In that circle a dropped model would stay until Python collects it."""
+        text, graphs = stack
+        graphs._key = graphs._key_of(text, HIDDEN, ())
+        held = [*vars(graphs).values(), *graphs._key]
+        assert not [x for x in held if isinstance(x, nn.Module | _Modules)]
 
     def test_the_memory_to_live_in(self, stack):
         text, graphs = stack
