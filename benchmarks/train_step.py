@@ -100,6 +100,7 @@ def _arguments(spec: dict, work: Work):
     return SFTConfig(
         output_dir=spec["output_dir"],
         per_device_train_batch_size=work.batch_size,
+        gradient_accumulation_steps=1,  # Unsloth's default is 2
         max_steps=spec["steps"],
         max_length=None,
         bf16=True,

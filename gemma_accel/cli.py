@@ -119,7 +119,10 @@ def verify(
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="load it in NF4")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Compare loss and gradients, patched against stock. Exit code 1 where they do not agree."""
+    """Compare loss and gradients, patched against stock. Exit code 1 where they do not agree.
+
+    A model that is loaded for it gets LoRA adapters, as the run that it is verified for would.
+    """
     from gemma_accel import verify as compare
 
     result = compare(_tiny_model() if model is None else _load(model, load_in_4bit))
@@ -241,8 +244,12 @@ def _unreadable(model: str, error: Exception) -> GemmaAccelError:
     )
 
 
+_LANGUAGE = r"(?!.*_tower).*\.layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"
+
+
 def _load(model: str, load_in_4bit: bool) -> Any:
     import torch
+    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     import gemma_accel.auto  # noqa: F401 - loads within 8 GB what stock would not
@@ -252,7 +259,7 @@ def _load(model: str, load_in_4bit: bool) -> Any:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        network = AutoModelForCausalLM.from_pretrained(
             model,
             dtype="auto",
             device_map={"": 0} if torch.cuda.is_available() else None,
@@ -260,3 +267,4 @@ def _load(model: str, load_in_4bit: bool) -> Any:
         )
     except OSError as error:  # a config without weights
         raise _unreadable(model, error) from error
+    return get_peft_model(network, LoraConfig(r=16, target_modules=_LANGUAGE))

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, Gemma4Config, Gemma4ForConditionalGenera
 
 from gemma_accel import demo
 from tests.test_run import EXAMPLE, ROOT, TRAINS, needs_training, python
+from tests.tiny import tiny_model
 
 CONFIGS = ROOT / "benchmarks" / "configs"
 
@@ -64,6 +65,18 @@ def test_info_tells_versions_and_patches(tmp_path):
     assert facts["GPU"].startswith("none") != torch.cuda.is_available()
     applied = {record["patch"] for record in facts["patches"]["applied"]}
     assert applied >= {"rms_norm", "geglu", "decoder_layer", "per_layer_embeddings"}
+
+
+def test_verify_gives_a_checkpoint_adapters(tmp_path):
+    # 64 wide: see `tests.test_wiring.checkpoint`
+    tiny_model("causal", hidden_size_per_layer_input=64).save_pretrained(tmp_path / "model")
+    done = gemma_accel("verify", "model", "--load-in-4bit", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads(done.stdout)["rows"]
+    assert all(row["ok"] for row in rows)
+    (lora,) = (row for row in rows if row["patch"] == "lora")
+    # what is trained is the adapters: the worst gradient is one of theirs
+    assert "lora_" in lora["gradient"]["where"]
 
 
 def test_info_prints_a_table(monkeypatch, capsys, references):
