@@ -481,7 +481,7 @@ def length(shown: list[Work]) -> Any:
         axes.axhline(limit, color=TEXT, lw=0.9, linestyle=dashes, zorder=0.5)
         axes.text(LENGTHS[0] * 1.02, limit + 0.08, says, fontsize=7.5, va="bottom")
     axes.set_xscale("log", base=2)
-    axes.set_xlim(LENGTHS[0], LENGTHS[-1])
+    axes.set_xlim(LENGTHS[0], LENGTHS[-1] * 1.25)  # room for the last point and its name
     axes.set_ylim(0, TOP)
     ticks = [2**n for n in range(8, 18)]
     axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
