@@ -51,19 +51,24 @@ class Mode(Enum):
     """as `RECOMPUTE`, and the MLP runs a few tokens at a time"""
     OFFLOAD_TILED = "offload, in tiles"
     """both"""
-    TIGHT = "offload, in parts"
-    """and it is replayed half by half, its query heads a few at a time"""
+    RECOMPUTE_IN_PARTS = "recompute in parts"
+    """as `RECOMPUTE_TILED`, and it is replayed half by half, its query heads a few at a time"""
+    OFFLOAD_IN_PARTS = "offload, in parts"
+    """and its input waits in host memory"""
 
 
-AWAY = frozenset({Mode.OFFLOAD, Mode.OFFLOAD_TILED, Mode.TIGHT})
+AWAY = frozenset({Mode.OFFLOAD, Mode.OFFLOAD_TILED, Mode.OFFLOAD_IN_PARTS})
 """Modes whose layer keeps nothing on the device from its forward to its backward."""
+_IN_PARTS = frozenset({Mode.RECOMPUTE_IN_PARTS, Mode.OFFLOAD_IN_PARTS})
 _RAISES = (
-    (Mode.TIGHT, Mode.OFFLOAD_TILED),
+    (Mode.OFFLOAD_IN_PARTS, Mode.OFFLOAD_TILED),
     (Mode.OFFLOAD_TILED, Mode.OFFLOAD),
     (Mode.OFFLOAD, Mode.RECOMPUTE),
     (Mode.RECOMPUTE, Mode.RECOMPUTE_MLP),
     (Mode.RECOMPUTE_MLP, Mode.KEEP),
-    (Mode.OFFLOAD_TILED, Mode.RECOMPUTE_TILED),  # what is left over spares host memory
+    # what is left over spares host memory
+    (Mode.OFFLOAD_TILED, Mode.RECOMPUTE_TILED),
+    (Mode.OFFLOAD_IN_PARTS, Mode.RECOMPUTE_IN_PARTS),
 )
 
 
@@ -82,7 +87,7 @@ def head_groups(mode: Mode, heads: int) -> int:
     """In how many groups a layer's query heads pass through projection, attention and
     projection.
     """
-    return min(heads, 8) if mode is Mode.TIGHT else 1
+    return min(heads, 8) if mode in _IN_PARTS else 1
 
 
 WORKSPACES = 64 * 2**20
@@ -185,7 +190,7 @@ def kept_bytes(layer: LayerShape, mode: Mode, itemsize: int = 2) -> int:
     """Bytes a token of ``layer`` keeps from its forward to its backward."""
     if mode in AWAY:
         return 0
-    if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED):
+    if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE_IN_PARTS):
         return layer.hidden * itemsize
     # layer input, its norm, o_proj's output, the sum, its norm, the MLP's output
     elements = 6 * layer.hidden
@@ -206,8 +211,9 @@ def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 
     # product and its gradient; gate and up too where they are made again a tile at a time
     mlp = min(tokens, tile or tokens) * layer.mlp * (2 if keeps else 4)
     weight = max(layer.mlp, layer.queries) * layer.hidden  # one dequantised weight
-    if mode is Mode.TIGHT:
-        return (_tight(layer, tokens, mlp) + weight) * itemsize
+    if mode in _IN_PARTS:
+        own = tokens * layer.hidden if mode in AWAY else 0  # its input, which has come back
+        return (own + _in_parts(layer, tokens, mlp) + weight) * itemsize
     # gradients of queries, attention's output, keys and values; by then what the second half and
     # the joint before it kept has gone
     attention = tokens * (2 * layer.queries + 2 * layer.keys - 4 * layer.hidden)
@@ -223,12 +229,14 @@ def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 
     return (max(mlp, attention) + flow + weight) * itemsize + replayed
 
 
-def _tight(layer: LayerShape, tokens: int, mlp: int) -> int:
-    """Elements that a layer in parts holds at the highest of three points of its backward."""
-    always = 2 * layer.hidden  # its input, the stream's gradient
+def _in_parts(layer: LayerShape, tokens: int, mlp: int) -> int:
+    """Elements that a layer in parts holds besides its input, at the highest of three points of its
+    backward.
+    """
+    always = layer.hidden  # the stream's gradient
     # the normed input, its gradient, that of attention's output; a group's raw and rotated queries,
     # output and two gradients; keys and values raw, normed, their gradients from this group
-    groups = head_groups(Mode.TIGHT, layer.heads)
+    groups = head_groups(Mode.OFFLOAD_IN_PARTS, layer.heads)  # of either mode in parts
     keys = 6 * layer.keys if layer.keys else 2 * layer.reads
     attention = 3 * layer.hidden + 5 * layer.queries // groups + keys
     # the sum between the halves, its norm, gradients of the second sum and of the MLP's output
@@ -299,7 +307,7 @@ def choose_modes(
     long as the step's highest point fits. An input goes to host memory before an MLP is cut into
     tiles: the copies overlap, while tiles dequantise every weight again and again.
     """
-    modes = [Mode.TIGHT] * len(layers)
+    modes = [Mode.OFFLOAD_IN_PARTS] * len(layers)
     for below, grade in _RAISES:
         for index in reversed(range(len(layers))):
             if modes[index] is not below:
@@ -325,7 +333,7 @@ class Arrangement:
         """Whether layers do the same work twice to take less memory: dear where the card, and not
         the host, is what a step waits for.
         """
-        return bool({Mode.RECOMPUTE_TILED, Mode.OFFLOAD_TILED, Mode.TIGHT} & set(self.modes))
+        return bool({Mode.RECOMPUTE_TILED, Mode.OFFLOAD_TILED, *_IN_PARTS} & set(self.modes))
 
 
 def arrange(

@@ -470,7 +470,9 @@ def _held(run: _Run, batch_size: int, length: int) -> float:
     later = weights + run.adapters + 3 * trained
     embeddings = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
     now = weights + run.adapters + embeddings + _inputs(run, batch_size, length)
-    return max(later + _between_layers(run, _all(run, Mode.TIGHT), batch_size, length), now)
+    return max(
+        later + _between_layers(run, _all(run, Mode.OFFLOAD_IN_PARTS), batch_size, length), now
+    )
 
 
 @functools.cache

@@ -257,7 +257,7 @@ def test_layers_are_chosen_as_the_policy_chooses(vram_gib, graphs, monkeypatch):
     run = run_of("e2b", vram_gib)
     policy = MemoryPolicy(SimpleNamespace(config=run.counts.text))
     policy.budget, policy.captures = int(vram_gib * GIB), graphs
-    tight = planner._all(run, Mode.TIGHT)
+    tight = planner._all(run, Mode.OFFLOAD_IN_PARTS)
     passing = between_layers_bytes(run.counts.layers, tight.modes, 2, 2048, input_gradient=False)
     policy.fixed = math.ceil(planner._held(run, 2, 2048)) - passing  # which it adds itself
     policy.trained = run.adapters

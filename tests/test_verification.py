@@ -330,7 +330,7 @@ def test_a_hundredth_too_much_shows_among_the_roundings(monkeypatch, dtype, plac
 
 
 @references
-@pytest.mark.parametrize("mode", [Mode.RECOMPUTE_MLP, Mode.RECOMPUTE, Mode.TIGHT])
+@pytest.mark.parametrize("mode", [Mode.RECOMPUTE_MLP, Mode.RECOMPUTE, Mode.OFFLOAD_IN_PARTS])
 def test_a_fault_in_one_memory_mode_is_caught_whatever_this_batch_would_choose(monkeypatch, mode):
     from gemma_accel.patches.checkpointing import MemoryPolicy
 

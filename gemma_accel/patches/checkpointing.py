@@ -131,7 +131,7 @@ class MemoryPolicy:
         held = torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
         passing = between_layers_bytes(
             self.shapes,
-            [Mode.TIGHT] * len(self.shapes),
+            [Mode.OFFLOAD_IN_PARTS] * len(self.shapes),
             batch,
             length,
             itemsize,
@@ -243,7 +243,7 @@ class MemoryPolicy:
             out = forward(hidden, *rest)
         elif mode in AWAY and hidden.is_cuda and not _stays(hidden, *rest):
             # where there is no room for a second input, a layer waits for its own: it is long
-            ahead = mode is not Mode.TIGHT
+            ahead = mode is not Mode.OFFLOAD_IN_PARTS
             out = self._inputs.run(again, forward, hidden, *rest, ahead=ahead)
         else:
             out = again(forward, hidden, *rest)

@@ -27,6 +27,8 @@ from gemma_accel.memory import (
 )
 from tests.tiny import LANGUAGE, batch, text_config, tiny_model
 
+IN_PARTS = {Mode.RECOMPUTE_IN_PARTS, Mode.OFFLOAD_IN_PARTS}
+
 
 def adapted(kind="causal", *, applied=True, **changes):
     model = tiny_model(kind, towers=False, **changes)
@@ -89,13 +91,13 @@ def test_every_mode_gives_stocks_gradients(mode, sharing, executions):
     assert loss == pytest.approx(stock_loss, rel=1e-6)
     assert grads.keys() == expected.keys() == stock.keys()
     # recomputation adds nothing of its own; heads in groups are another order of summation
-    own = 1e-3 if mode is Mode.TIGHT else 1e-6
+    own = 1e-3 if mode in IN_PARTS else 1e-6
     assert max(relative(grads[n], expected[n]) for n in grads) < own
     assert (
         max(relative(grads[n], stock[n]) for n in grads) < 1e-3
     )  # two float32 computations, see test_parity
     # in parts, a layer is replayed for its second half, and its first half again for its own
-    times = {Mode.KEEP: 1, Mode.RECOMPUTE_MLP: 1, Mode.TIGHT: 3}.get(mode, 2)
+    times = {Mode.KEEP: 1, Mode.RECOMPUTE_MLP: 1, **dict.fromkeys(IN_PARTS, 3)}.get(mode, 2)
     assert executions == [times] * 5
 
 
@@ -126,7 +128,7 @@ def test_two_forwards_before_a_backward():
 
 
 @pytest.mark.usefixtures("references")
-@pytest.mark.parametrize("mode", [Mode.RECOMPUTE, Mode.OFFLOAD_TILED, Mode.TIGHT])
+@pytest.mark.parametrize("mode", [Mode.RECOMPUTE, Mode.OFFLOAD_TILED, Mode.OFFLOAD_IN_PARTS])
 def test_a_replay_leaves_the_shared_keys_of_the_forward(mode, monkeypatch):
     """Its own would hold all that it replays until the whole backward is through."""
     from gemma_accel.patches import decoder
@@ -162,7 +164,7 @@ def _nodes(node, seen):
 
 
 @pytest.mark.usefixtures("references")
-@pytest.mark.parametrize("mode", [Mode.KEEP, Mode.TIGHT])
+@pytest.mark.parametrize("mode", [Mode.KEEP, Mode.OFFLOAD_IN_PARTS])
 def test_a_projection_holds_parameters_alone(mode):
     """A decoded weight on its node would stay from forward to backward: a checkpoint lets go only
     of what is saved for backward.
@@ -186,7 +188,7 @@ def test_a_projection_holds_parameters_alone(mode):
         assert all(isinstance(p, torch.nn.Parameter) for p in node.parameters if p is not None)
         quantised += sum(isinstance(p.weight, NF4Weight) for p in node.projections)
     heads = model.config.num_attention_heads
-    assert quantised == 5 * (min(heads, 8) if mode is Mode.TIGHT else 1)
+    assert quantised == 5 * (min(heads, 8) if mode is Mode.OFFLOAD_IN_PARTS else 1)
 
 
 class TestBounds:
@@ -305,7 +307,7 @@ class TestChoice:
         assert choose_modes(self.shapes, 4096, 1 << 40, 0) == [Mode.KEEP] * 5
 
     def test_with_none_everything_is_taken_in_parts(self):
-        assert choose_modes(self.shapes, 4096, 0, 0) == [Mode.TIGHT] * 5
+        assert choose_modes(self.shapes, 4096, 0, 0) == [Mode.OFFLOAD_IN_PARTS] * 5
 
     def test_what_is_chosen_fits_and_more_memory_never_means_more_work(self):
         order = list(Mode)
@@ -313,7 +315,7 @@ class TestChoice:
         loss = loss_bytes(4096, 1536, 262144)
         for available in range(1 << 28, 4 << 30, 1 << 27):
             modes = choose_modes(self.shapes, 4096, available, loss)
-            if set(modes) != {Mode.TIGHT}:
+            if set(modes) != {Mode.OFFLOAD_IN_PARTS}:
                 assert peak_bytes(self.shapes, modes, 4096, loss) <= available
             grades = sum(order.index(mode) for mode in modes)
             assert cost is None or grades <= cost

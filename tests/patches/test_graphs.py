@@ -42,9 +42,9 @@ MODES = {
     "offloaded": [Mode.OFFLOAD, Mode.OFFLOAD, Mode.RECOMPUTE, Mode.OFFLOAD, Mode.OFFLOAD],
     "in tiles": [
         Mode.OFFLOAD_TILED,
-        Mode.TIGHT,
+        Mode.OFFLOAD_IN_PARTS,
         Mode.RECOMPUTE_TILED,
-        Mode.TIGHT,
+        Mode.RECOMPUTE_IN_PARTS,
         Mode.OFFLOAD_TILED,
     ],
 }
