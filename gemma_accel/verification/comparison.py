@@ -13,9 +13,10 @@ from gemma_accel.memory import Mode as MemoryMode
 from gemma_accel.models import text_model
 from gemma_accel.patches.checkpointing import checkpointing_patch, graphs_patch
 from gemma_accel.patches.graphs import STEADY
+from gemma_accel.patches.lm_head import lm_head_patch
 from gemma_accel.verification.batches import modality_of
 from gemma_accel.verification.borrowing import attributes_kept, memory_modes
-from gemma_accel.verification.installation import CORRECTIONS, Installation
+from gemma_accel.verification.installation import CORRECTIONS, Installation, Place
 from gemma_accel.verification.judgement import SORTS, Judge, Precision, worst_of
 from gemma_accel.verification.result import EVERYTHING, Measure, Row, VerificationError
 from gemma_accel.verification.runs import Mode, Probe, Run
@@ -110,8 +111,7 @@ class Comparison:
             return Row(*about, reason=f"not tried: it needs {needed[0]!r}", tried=False)
         if patch.name in CORRECTIONS:
             return Row(*about, note="not compared: it mends stock", tried=False)
-        concerned = {modality_of(place.path) for place in places}
-        probes = [probe for probe in self.probes if probe.modality in concerned]
+        probes = self._probes_for(patch, places)
         if not probes:
             return Row(*about, note="not tried: see below", tried=False)
         row = self._attempt(*about, lambda: self._found_with(patch, probes))
@@ -121,6 +121,14 @@ class Comparison:
             why = graphs.off or "too little memory, or a kind of run that graphs do not serve"
             return Row(*about, note=f"not tried: nothing was captured ({why})", tried=False)
         return row
+
+    def _probes_for(self, patch: Patch, places: list[Place]) -> list[Probe]:
+        """Those that reach the places; the labelled one, while layers are spared, for the head and
+        the loss alone: to the layers it is one more text.
+        """
+        concerned = {modality_of(place.path) for place in places}
+        spared = {"labels"} if self.spared and patch is not lm_head_patch else set()
+        return [p for p in self.probes if p.modality in concerned and p.name not in spared]
 
     def _attempt(self, name: str, modality: str, places: int, find: Callable[[], Found]) -> Row:
         try:

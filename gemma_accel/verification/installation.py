@@ -20,7 +20,7 @@ from gemma_accel.patching import _candidates, _refuse_foreign, registry, report_
 from gemma_accel.report import Report
 from gemma_accel.verification.result import VerificationError
 
-__all__ = ["CORRECTIONS", "Installation"]
+__all__ = ["CORRECTIONS", "Installation", "Place"]
 
 CORRECTIONS = frozenset({"audio_eager_mask"})
 """Patches that differ from stock on purpose, which is wrong there: they are in from the start."""
