@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import sys
 import textwrap
@@ -40,6 +41,8 @@ def main() -> None:
 
         run.main(sys.argv[2:])
         return
+    # bitsandbytes misses, on some CPUs, a package for inference on them: nothing to do with us
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except GemmaAccelError as error:
