@@ -125,6 +125,7 @@ def worker(spec: dict) -> None:
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            use_liger_kernel=spec["stack"] == "liger",
             remove_unused_columns=False,
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
@@ -161,7 +162,7 @@ def main(
     works: tuple[str, ...] = tuple(WORKS),
     stacks: tuple[str, ...] = ("trl", "gemma_accel", "gemma_accel@7"),
     steps: int = 10,
-    warmup: int = 3,
+    warmup: int = 5,
     profile: bool = True,
     directory: str = "/dev/shm",
 ) -> list[dict]:
@@ -210,7 +211,7 @@ if __name__ == "__main__":
     parser.add_argument("--works", nargs="+", default=list(WORKS), choices=WORKS)
     parser.add_argument("--stacks", nargs="+", default=["trl", "gemma_accel", "gemma_accel@7"])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--no-profile", dest="profile", action="store_false")
     parser.add_argument("--directory", default="/dev/shm")
     options = vars(parser.parse_args())

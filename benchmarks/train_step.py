@@ -234,7 +234,7 @@ def _options() -> argparse.Namespace:
         "allocator: gemma_accel:3.0@7",
     )
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--float32", action="store_true", help="TRL's default for a model given by name"
