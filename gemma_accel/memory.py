@@ -144,12 +144,6 @@ class LayerShape:
     mlp: int
     per_layer: int
 
-    @property
-    def linear_parameters(self) -> int:
-        """Elements of its projections."""
-        attention = 2 * self.hidden * self.queries + 2 * self.hidden * self.keys
-        return attention + 3 * self.hidden * self.mlp + 2 * self.hidden * self.per_layer
-
 
 def layer_shapes(text: Any) -> list[LayerShape]:
     """The decoder layers of a `Gemma4TextConfig`."""

@@ -36,6 +36,9 @@ class Stations:
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
+        # walked once: patches change classes, not modules
+        self._modules = list(base.named_modules())
+        self._paths = {id(module): re.escape(path) for path, module in self._modules}
         self._spared: re.Pattern[str] | None = None
 
     @contextlib.contextmanager
@@ -54,13 +57,13 @@ class Stations:
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         """And what the last text layer's output enters."""
         layers = (Gemma4TextDecoderLayer, Gemma4VisionEncoderLayer, Gemma4AudioLayer)
-        for path, module in self.base.named_modules():
+        for path, module in self._modules:
             if isinstance(module, layers):
                 yield path, module
         yield "norm", text_model(self.base).norm
 
     def _blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        for path, module in self.base.named_modules():
+        for path, module in self._modules:
             if isinstance(module, Gemma4TextDecoderLayer):
                 yield f"{path}.self_attn", module.self_attn
                 yield f"{path}.mlp", module.mlp
@@ -91,8 +94,7 @@ class Stations:
 
     def _keys_without(self, layers: list[nn.Module]) -> re.Pattern[str]:
         """The quantities that are others where these layers do nothing."""
-        paths = {id(module): re.escape(path) for path, module in self.base.named_modules()}
-        every = list(text_model(self.base).layers)
+        paths, every = self._paths, list(text_model(self.base).layers)
         parts = [rf"gradient of (?!.*_tower).*\.(?:{'|'.join(_IN_FRONT)})\."]
         for layer in layers:
             path, index = paths[id(layer)], every.index(layer)
