@@ -4,6 +4,7 @@ Triton's interpreter.
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import os
@@ -25,6 +26,29 @@ if not torch.cuda.is_available():
 # before a fixture changes the variable.
 for _module in pkgutil.iter_modules(gemma_accel.kernels.__path__):
     importlib.import_module(f"gemma_accel.kernels.{_module.name}")
+
+
+def _untraced(execute):
+    """Of the interpreter's: run a kernel without the tracer of coverage, which leaves the bodies of
+    kernels out but is asked about each of their millions of calls.
+    """
+
+    @functools.wraps(execute)
+    def run(*args, **kwargs):
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return execute(*args, **kwargs)
+        finally:
+            sys.settrace(tracer)
+
+    return run
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from triton.runtime.interpreter import GridExecutor
+
+    GridExecutor.__call__ = _untraced(GridExecutor.__call__)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
