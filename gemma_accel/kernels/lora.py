@@ -128,7 +128,7 @@ def _adapters(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[Te
     a, b = [], []
     for p in projections:
         assert p.lora_a is not None and p.lora_b is not None
-        a.append(p.lora_a if p.columns is None else p.lora_a[:, _span(p.columns)])
+        a.append(_read(p.lora_a, p))
         b.append(_taken(p.lora_b, p))
     if all(t.dtype is dtype for t in (*a, *b)):
         return a[0] if len(a) == 1 else torch.cat(a), b
@@ -157,6 +157,10 @@ def _taken(parameter: Tensor, p: Projection) -> Tensor:
     return parameter if p.rows is None else parameter[_span(p.rows)]
 
 
+def _read(parameter: Tensor, p: Projection) -> Tensor:
+    return parameter if p.columns is None else parameter[:, _span(p.columns)]
+
+
 def _whole(grad: Tensor, parameter: Tensor | NF4Weight, *parts: tuple[int, int] | None) -> Tensor:
     """The gradient of a whole parameter, given that of a part, by rows and by columns."""
     if all(part is None for part in parts):
@@ -183,13 +187,12 @@ def _scratch(like: Tensor, projections: Sequence[Projection]) -> Tensor | None:
 def _dense(p: Projection, like: Tensor, cast: bool, scratch: Tensor | None) -> Tensor:
     """The part of the weight that the projection takes, dense, in the dtype of ``like``."""
     if type(p.weight) is not NF4Weight:
-        weight = _taken(p.weight, p)[:, _span(p.columns)]
+        weight = _read(_taken(p.weight, p), p)
         return weight.to(like.dtype) if cast else weight
     if scratch is not None:
         n, k = _dense_shape(p)
         scratch = scratch[: n * k].view(n, k)
-    weight = nf4_dequantize(p.weight, rows=p.rows, dtype=like.dtype, out=scratch)
-    return weight[:, _span(p.columns)]
+    return _read(nf4_dequantize(p.weight, rows=p.rows, dtype=like.dtype, out=scratch), p)
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -496,9 +496,8 @@ class StackGraphs:
                     failed = f"capturing failed: {str(error).splitlines()[0]}"
             if short <= 0:
                 return True
-            self._release()
             gc.collect()  # what failed may lie about in circles, and would count as taken
-            _empty()
+            self._release()
             if failed:
                 self._turn_off(failed)
                 return False

@@ -161,19 +161,17 @@ class Run:
             if self._is_spared(key):
                 continue
             ours = None if parameter.grad is None else _sampled(parameter.grad)
-            stock = None
-            if ours is not None and key in self.probe.tape:
-                stock = self._stock(key, ours)
+            recorded = key in self.probe.tape
             if self.mode == "record":
                 if ours is not None:
                     self._record(key, ours)
-            elif ours is None or stock is None:
-                if ours is not None or key in self.probe.tape:
+            elif ours is None or not recorded:
+                if ours is not None or recorded:
                     self._seen[key] = INFINITE
             elif self.mode == "held":
-                self._compare(key, ours, stock)
+                self._compare(key, ours, self._stock(key, ours))
             else:
-                pairs.append((ours, stock))
+                pairs.append((ours, self._stock(key, ours)))
         if pairs:
             self._seen[EVERY_GRADIENT] = _error_as_one(pairs)
 

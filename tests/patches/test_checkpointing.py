@@ -154,7 +154,6 @@ def test_a_replay_leaves_the_shared_keys_of_the_forward(mode, monkeypatch):
     assert {kind: tuple(map(id, keys)) for kind, keys in shared.items()} == before
 
 
-@pytest.mark.usefixtures("references")
 def _nodes(node, seen):
     if node is not None and node not in seen:
         seen.add(node)
@@ -191,6 +190,7 @@ def test_a_projection_holds_parameters_alone(mode):
     assert quantised == 5 * (min(heads, 8) if mode is Mode.OFFLOAD_IN_PARTS else 1)
 
 
+@pytest.mark.usefixtures("references")
 class TestBounds:
     def test_without_checkpointing_nothing_is_recomputed(self, executions):
         model, peft = adapted()
