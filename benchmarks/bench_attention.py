@@ -6,8 +6,8 @@
 
 FLOPs are the causal, windowed ones: 4 H N for each visible (query, key) pair forward, 2.5 times as
 many backward. "%" is of 800 TFLOP/s, what an 8192 cubed bfloat16 product reaches on an H100. Times
-are medians of launches from Python: a backward under about 0.4 ms is the host's time, not the
-card's.
+are the device's own (`benchmarks.harness.device_ms`): in a training step, launches are queued or
+replayed and the host's time for them is not theirs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import where
+from benchmarks.harness import device_ms, where
 from gemma_accel.kernels import attention as module
 from gemma_accel.kernels.attention import Tile, attention
 from gemma_accel.kernels.segments import segments_from_position_ids
 
 PEAK = 800e12
+CALLS = 15
 
 
 @dataclass(frozen=True)
@@ -106,20 +107,15 @@ def our_forward(case):
     return lambda q, k, v: attention(q, k, v, window=case.window, segments=segments)
 
 
-def milliseconds(fn, rep=60):
-    from triton.testing import do_bench
-
-    return do_bench(fn, warmup=15, rep=rep, return_mode="median")
-
-
 def timed(forward, q, k, v, dout):
     """Forward alone, and backward alone."""
     try:
         with torch.no_grad():
-            before = milliseconds(lambda: forward(q, k, v))
+            before = device_ms(lambda: forward(q, k, v), CALLS)
         out = forward(q, k, v)
         grad = torch.autograd.grad
-        return before, milliseconds(lambda: grad(out, (q, k, v), dout, retain_graph=True))
+        backward = device_ms(lambda: grad(out, (q, k, v), dout, retain_graph=True), CALLS)
+        return before, backward
     except torch.OutOfMemoryError:
         return float("nan"), float("nan")
 
@@ -300,7 +296,7 @@ def sweep(only: str = ""):
             print(text, error)
             continue
         for case in SHAPES[size]:
-            ms = milliseconds(runner(kind, case, tile), rep=25)
+            ms = device_ms(runner(kind, case, tile), CALLS)
             flops = case.flops * {"fwd": 1.0, "dq": 1.5, "dkv": 2.0}[kind]
             text += f" | {case.name} {ms:7.3f} ms {flops / ms / 1e9:4.0f} TF/s"
         print(text, flush=True)

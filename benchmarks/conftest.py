@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.harness import table, where
+from benchmarks.harness import device_ms, table, where
 
 HERE = Path(__file__).parent
 ROWS = pytest.StashKey[dict]()
@@ -114,7 +113,7 @@ def timed(benchmark, gate, request):
         if benchmark.stats is not None:  # it is None under --benchmark-disable
             row[f"{stack}_us"] = benchmark.stats.stats.median * 1e6
             if case.device == "cuda":
-                row[f"{stack}_gpu_us"] = gpu_us(run)
+                row[f"{stack}_gpu_us"] = device_ms(run) * 1e3
                 benchmark.extra_info.update(rates(case, row[f"{stack}_gpu_us"]))
 
     yield time_it
@@ -125,26 +124,6 @@ def rows_of(config, case):
     row = config.stash[ROWS].setdefault(case.name, {"op": case.op, "shape": case.shape})
     row["dtype"], row["device"] = str(case.dtype).removeprefix("torch."), case.device
     return row
-
-
-def gpu_us(run, calls=5):
-    """The device's time for a call, microseconds: the device is kept busy with nothing until the
-    host has queued all calls, so that none of its launches is waited for (few calls: the queue
-    holds about a thousand launches).
-    """
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    host = time.perf_counter() - begun
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(2.5e9 * host * calls))  # cycles; cards clock at 1.5 to 3 GHz
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) * 1e3 / calls
 
 
 def rates(case, us):

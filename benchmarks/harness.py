@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from gemma_accel.telemetry import peak_tflops
@@ -136,6 +136,39 @@ def device_events(profiler) -> dict:
 
 def say(message: dict) -> None:
     print("@" + json.dumps(message), flush=True)
+
+
+def device_ms(call: Callable[[], object], calls: int = 5) -> float:
+    """The device's time for a call, milliseconds: the median of ``calls``, each from a cold L2.
+
+    The device is kept busy with nothing until the host has queued all of them, so that it waits
+    for none of their launches (few calls: the queue holds about a thousand launches).
+    """
+    import torch
+
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")  # no L2 is as large
+
+    def queued() -> list[tuple[torch.cuda.Event, torch.cuda.Event]]:
+        spans = []
+        for _ in range(calls):
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            spans.append((start, end))
+        return spans
+
+    call()
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
+    queued()
+    host = time.perf_counter() - begun
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(4e9 * host))  # cycles; cards clock at 1.5 to 3 GHz
+    spans = queued()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in spans)
 
 
 # -- the parent ---------------------------------------------------------------------------------

@@ -66,10 +66,9 @@ def weights_gib(base: nn.Module) -> float:
     table = getattr(getattr(inner, "language_model", inner), "embed_tokens_per_layer", None)
     if table is not None:
         left_out |= {id(p) for p in table.parameters()}
-    seen: set[int] = set()
     total = 0
     for parameter in base.parameters():
-        if id(parameter) not in left_out | seen:
-            seen.add(id(parameter))
+        if id(parameter) not in left_out:
+            left_out.add(id(parameter))  # counted once, where several modules share it
             total += parameter.numel() * parameter.element_size()
     return total / GIB

@@ -5,9 +5,9 @@ out, a small batch runs stock, and then the patches come back one after the othe
 which `apply` installs them; after each the batch runs again. A patch after which something is off
 is named, taken out again, and the next is tried without it. Layers do not depend on one another in
 these runs (see below), so of the text layers that are of one kind the first and the last are enough
-to try a patch on, by one text (a second, labelled one is for the head and the loss). With all
-patches in, every layer is looked at, by every batch; only if something is off then are the patches
-tried again on all of them.
+to try a patch on, by one text (a second, labelled one is for the head and the loss, and has only
+those layers ever, in stock's runs too). With all patches in, every layer is looked at; only if
+something is off then are the patches tried again on all of them.
 
 *What is compared.* Two runs in bfloat16 drift apart layer by layer until a fault of a few per cent
 drowns, so a patched run is brought back on course at every layer: the stock run's hidden state is

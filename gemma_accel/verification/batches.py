@@ -83,7 +83,7 @@ def _text_probe(model: Any, base: nn.Module, device: torch.device) -> Probe:
 
 
 def _labelled_probe(model: Any, base: nn.Module, device: torch.device) -> Probe:
-    """The model's own loss, of few tokens."""
+    """The model's own loss, of few tokens: for the head. The layers have had their text."""
     ids, mask = _tokens(base, 24, device)
     labels = ids.masked_fill(mask == 0, -100)
 
@@ -92,7 +92,7 @@ def _labelled_probe(model: Any, base: nn.Module, device: torch.device) -> Probe:
         loss: Tensor = out.loss
         return loss
 
-    return Probe("labels", "text", forward, mask.bool())
+    return Probe("labels", "text", forward, mask.bool(), shallow=True)
 
 
 def _image_probe(base: nn.Module, device: torch.device) -> Probe:

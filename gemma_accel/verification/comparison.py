@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,9 +124,7 @@ class Comparison:
         return row
 
     def _probes_for(self, patch: Patch, places: list[Place]) -> list[Probe]:
-        """Those that reach the places; the labelled one, while layers are spared, for the head and
-        the loss alone: to the layers it is one more text.
-        """
+        """Those that reach the places; the labelled one, while layers are spared, for the head."""
         concerned = {modality_of(place.path) for place in places}
         spared = {"labels"} if self.spared and patch is not lm_head_patch else set()
         return [p for p in self.probes if p.modality in concerned and p.name not in spared]
@@ -160,7 +159,8 @@ class Comparison:
             # before graphs are captured, which would run past the stations
             found += self._compare(probe, "held")
             # batches that have kept their shape are captured: then the last of several runs counts
-            for _ in range(STEADY if steady and probe.modality == "text" else 0):
+            captured = steady and probe.modality == "text" and not probe.shallow
+            for _ in range(STEADY if captured else 0):
                 self._run(probe, "free")
             found += self._compare(probe, "free")
         return found
@@ -186,7 +186,8 @@ class Comparison:
         """One pass; the errors of what it met, by name."""
         torch.manual_seed(0)  # the same dropout in every run
         torch.clear_autocast_cache()
-        run = Run(probe, mode, nudge, self.precision, self.stations.is_spared)
+        is_spared = functools.partial(self.stations.is_spared, probe)
+        run = Run(probe, mode, nudge, self.precision, is_spared)
         try:
             with self.stations.watched(run):
                 with torch.set_grad_enabled(bool(self.trained)):

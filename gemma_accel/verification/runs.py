@@ -38,6 +38,7 @@ class Probe:
         modality: whose patches it reaches.
         forward: the loss of the model as it is now.
         mask: of the layers' inputs [B, T], false where they are padding.
+        shallow: it takes the first and the last text layer of each kind alone, in stock's run too.
         tape: what the stock run gave, by name, on the CPU (locked there, where a device reads it).
     """
 
@@ -45,6 +46,7 @@ class Probe:
     modality: str
     forward: Callable[[Run], Tensor]
     mask: Tensor | None = None
+    shallow: bool = False
     tape: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property

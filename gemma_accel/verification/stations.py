@@ -19,7 +19,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 
 from gemma_accel.memory import layer_shapes
 from gemma_accel.models import text_model
-from gemma_accel.verification.runs import INPUT, Run
+from gemma_accel.verification.runs import INPUT, Probe, Run
 
 __all__ = ["Stations", "layers_in_between"]
 
@@ -39,13 +39,18 @@ class Stations:
         # walked once: patches change classes, not modules
         self._modules = list(base.named_modules())
         self._paths = {id(module): re.escape(path) for path, module in self._modules}
-        self._spared: re.Pattern[str] | None = None
+        self._in_between = layers_in_between(text_model(base))
+        self._spared: list[nn.Module] = []
+        self._not_looked_at: re.Pattern[str] | None = None
 
     @contextlib.contextmanager
     def watched(self, run: Run) -> Iterator[None]:
         """``run`` meets what passes the stations. A free run goes by itself, unless nudged."""
         handles = []
+        passed_by = self._in_between if run.probe.shallow else self._spared
         try:
+            for layer in passed_by:
+                vars(layer)["forward"] = _hand_on
             if run.mode != "free" or run.nudge:
                 handles += [_before(run, path, module) for path, module in self._layers()]
                 handles += [_behind(run, path, module) for path, module in self._blocks()]
@@ -53,6 +58,8 @@ class Stations:
         finally:
             for handle in handles:
                 handle.remove()
+            for layer in passed_by:
+                vars(layer).pop("forward", None)
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         """And what the last text layer's output enters."""
@@ -74,23 +81,18 @@ class Stations:
     def spare(self, layers: list[nn.Module]) -> Iterator[None]:
         """These text layers hand on what they get, and are not looked at. Nor is what sums over
         layers: the gradients of parameters in front of them, and those of keys and values that
-        several share.
+        several share. A shallow batch has its own: stock passed by the same ones.
         """
-        if not layers:
-            yield
-            return
-        self._spared = self._keys_without(layers)
+        self._spared = layers
+        self._not_looked_at = self._keys_without(layers) if layers else None
         try:
-            for layer in layers:
-                vars(layer)["forward"] = _hand_on
             yield
         finally:
-            self._spared = None
-            for layer in layers:
-                vars(layer).pop("forward", None)
+            self._spared, self._not_looked_at = [], None
 
-    def is_spared(self, key: str) -> bool:
-        return self._spared is not None and self._spared.search(key) is not None
+    def is_spared(self, probe: Probe, key: str) -> bool:
+        pattern = None if probe.shallow else self._not_looked_at
+        return pattern is not None and pattern.search(key) is not None
 
     def _keys_without(self, layers: list[nn.Module]) -> re.Pattern[str]:
         """The quantities that are others where these layers do nothing."""

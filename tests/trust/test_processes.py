@@ -1,7 +1,7 @@
 """Several processes, and what an applied model does not mix with.
 
-Two real processes over gloo run a stock script with one line more; one stock process sees the same
-tokens in one batch a step, which is what the gradient has to be.
+Two real processes, over gloo or on two GPUs, run a stock script with one line more; one stock
+process sees the same tokens in one batch a step, which is what the gradient has to be.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def run(name, cls, lora):
     arguments = dict(
         output_dir="out", per_device_train_batch_size=size, gradient_accumulation_steps=steps,
         num_train_epochs=1, optim="sgd", learning_rate=0.05, lr_scheduler_type="constant",
-        max_grad_norm=1.0, report_to="none", use_cpu=True, bf16=False, save_strategy="no",
-        logging_steps=1, gradient_checkpointing=lora, disable_tqdm=True,
+        max_grad_norm=1.0, report_to="none", use_cpu=os.environ["DEVICE"] == "cpu", bf16=False,
+        save_strategy="no", logging_steps=1, gradient_checkpointing=lora, disable_tqdm=True,
         remove_unused_columns=False,
     )
     gradients = Gradients()
@@ -122,14 +122,12 @@ for name in os.environ["RUNS"].split(","):
 torch.save({"processes": processes, **results}, f"{out}.{os.environ.get('RANK', 0)}")
 """
 
-RUNS = [
-    *(["sft lora", "sft full"] if SFT_ON_CPU else []),
-    "trainer lora",
-]
+EVERY_RUN = ["sft lora", "sft full", "trainer lora"]
+RUNS = [run for run in EVERY_RUN if SFT_ON_CPU or "sft" not in run]
 
 
 def launched(folder, script, *arguments, processes, **variables):
-    """Run a script as `accelerate launch` does, on the CPU."""
+    """Run a script as `accelerate launch` does."""
     command = [sys.executable, "-W", "ignore"]
     if processes > 1:
         command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
@@ -143,7 +141,6 @@ def launched(folder, script, *arguments, processes, **variables):
         "HF_HUB_OFFLINE": "1",
         "CI": "1",
         "HF_HOME": str(folder),  # a launcher's configuration there is not this test's
-        "RUNS": ",".join(RUNS),
         **variables,
     }
     done = subprocess.run(
@@ -158,17 +155,23 @@ def launched(folder, script, *arguments, processes, **variables):
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def train(folder, device):
     """Of one stock process, and of each of two applied ones: what they saved."""
-    folder = tmp_path_factory.mktemp("processes")
     tiny_model("conditional").save_pretrained(folder / "model")
     (folder / "stock.py").write_text(SCRIPT)
     (folder / "ours.py").write_text("import gemma_accel.auto\n" + SCRIPT)
-    launched(folder, "stock.py", "stock", 8, 1, processes=1)
-    launched(folder, "ours.py", "ours", 1, 4, processes=2)
-    stock, *ours = (torch.load(folder / name) for name in ("stock.0", "ours.0", "ours.1"))
+    variables = {"DEVICE": device, "RUNS": ",".join(RUNS if device == "cpu" else EVERY_RUN)}
+    one = {"CUDA_VISIBLE_DEVICES": "0"} if device == "cuda" else {}
+    launched(folder, "stock.py", "stock", 8, 1, processes=1, **variables, **one)
+    launched(folder, "ours.py", "ours", 1, 4, processes=2, **variables)
+    names = ("stock.0", "ours.0", "ours.1")
+    stock, *ours = (torch.load(folder / name, map_location="cpu") for name in names)
     return stock, ours
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("processes"), "cpu")
 
 
 def error(ours, stock):
@@ -176,6 +179,16 @@ def error(ours, stock):
     assert ours.keys() == stock.keys() and stock
     difference = sum((ours[n].double() - stock[n].double()).norm() ** 2 for n in stock)
     return (difference / sum(stock[n].double().norm() ** 2 for n in stock)).sqrt().item()
+
+
+def agree(stock, ours, run):
+    assert stock["processes"] == 1 and len(stock[run]["gradients"]) == 2
+    for rank in ours:
+        assert rank["processes"] == 2 and len(rank[run]["gradients"]) == 2
+        for step, gradients in enumerate(rank[run]["gradients"]):
+            assert error(gradients, stock[run]["gradients"][step]) < (2e-4, 2e-3)[step]
+        assert error(rank[run]["trained"], stock[run]["trained"]) < 2e-5
+        assert rank[run]["losses"] == pytest.approx(stock[run]["losses"], rel=1e-5)
 
 
 class TestTwoProcesses:
@@ -186,15 +199,7 @@ class TestTwoProcesses:
         Off by the last bits of float32, which the network grows and the first update grows again;
         micro-batches or processes weighed wrongly are off by more than a tenth.
         """
-        stock, ours = trained
-        assert stock["processes"] == 1 and len(stock[run]["gradients"]) == 2
-        for rank in ours:
-            assert rank["processes"] == 2
-            for step, gradients in enumerate(rank[run]["gradients"]):
-                assert error(gradients, stock[run]["gradients"][step]) < (2e-4, 2e-3)[step]
-            assert error(rank[run]["trained"], stock[run]["trained"]) < 2e-5
-            assert rank[run]["losses"] == pytest.approx(stock[run]["losses"], rel=1e-5)
-        assert len(ours[0][run]["gradients"]) == 2
+        agree(*trained, run)
 
     @pytest.mark.parametrize("run", RUNS)
     def test_both_processes_end_with_the_same_weights_to_the_bit(self, trained, run):
@@ -219,6 +224,16 @@ class TestTwoProcesses:
         for run in RUNS:
             assert stock[run]["notes"] is None
             assert all("weighs the same" in r[run]["notes"]["gradient accumulation"] for r in ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_give_the_gradients_of_one_with_the_same_tokens(tmp_path):
+    stock, ours = train(tmp_path, "cuda")
+    for run in EVERY_RUN:
+        agree(stock, ours, run)
+        first, second = (rank[run]["trained"] for rank in ours)
+        assert all(torch.equal(first[n], second[n]) for n in first)
 
 
 # ---- sharding
