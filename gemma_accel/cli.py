@@ -126,9 +126,12 @@ def verify(
 
     A model that is loaded for it gets LoRA adapters, as the run that it is verified for would.
     """
+    from gemma_accel import apply
     from gemma_accel import verify as compare
 
-    result = compare(_tiny_model() if model is None else _load(model, load_in_4bit))
+    network = _tiny_model() if model is None else _load(model, load_in_4bit)
+    apply(network)  # its table goes where a run's would be, within reach of graphs
+    result = compare(network)
     if as_json:
         print(json.dumps(result.to_dict(), indent=1))
     else:

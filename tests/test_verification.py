@@ -529,9 +529,9 @@ def test_a_loss_scale_that_is_too_much_for_one_batch_is_given_up_for_all(monkeyp
         probe.scaled = self.precision.loss_scale > 1
         return errors
 
-    def learned(self, errors):
+    def learned(self, errors, probe):
         noise.extend(errors.values())
-        learn(self, errors)
+        learn(self, errors, probe)
 
     original = Comparison._run
     monkeypatch.setattr(Comparison, "_run", run)

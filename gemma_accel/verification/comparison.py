@@ -90,7 +90,7 @@ class Comparison:
         for draw in range(DRAWS):
             for probe in self.probes:
                 for mode in modes:
-                    self.judge.learn(self._run(probe, mode, nudge=draw + 1))
+                    self.judge.learn(self._run(probe, mode, nudge=draw + 1), probe.name)
 
     # -- patched --
 
@@ -124,10 +124,12 @@ class Comparison:
         return row
 
     def _probes_for(self, patch: Patch, places: list[Place]) -> list[Probe]:
-        """Those that reach the places; the labelled one, while layers are spared, for the head."""
+        """Those that reach the places. The labelled one is for the head, while layers are spared,
+        and never for graphs, which do not serve a shallow batch.
+        """
         concerned = {modality_of(place.path) for place in places}
-        spared = {"labels"} if self.spared and patch is not lm_head_patch else set()
-        return [p for p in self.probes if p.modality in concerned and p.name not in spared]
+        deep = patch is graphs_patch or (self.spared and patch is not lm_head_patch)
+        return [p for p in self.probes if p.modality in concerned and not (deep and p.shallow)]
 
     def _attempt(self, name: str, modality: str, places: int, find: Callable[[], Found]) -> Row:
         try:

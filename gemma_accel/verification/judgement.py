@@ -68,24 +68,24 @@ class Judge:
         self.precision, self.rtol = precision, rtol
         self._noise: dict[str, Tensor] = {}
 
-    def learn(self, errors: dict[str, Tensor]) -> None:
+    def learn(self, errors: dict[str, Tensor], probe: str) -> None:
         """From the errors of a nudged run, by key."""
         for key, error in errors.items():
-            known = self._noise.get(_kind(key), error)
-            self._noise[_kind(key)] = torch.maximum(known, error)
+            kind = _kind(key, probe)
+            self._noise[kind] = torch.maximum(self._noise.get(kind, error), error)
 
     def measure(self, key: str, error: Tensor, probe: str) -> tuple[str, Measure]:
         """The sort of the quantity, and its statistic that comes closest to its budget."""
-        budget = self._budget(key, error)
+        budget = self._budget(key, error, probe)
         worst = int((error / budget).nan_to_num(nan=float("inf")).argmax())
         where = f"{key} ({probe}), {_STATISTICS[worst]}"
         return _sort(key), Measure(error[worst].item(), budget[worst].item(), where)
 
-    def _budget(self, key: str, error: Tensor) -> Tensor:
+    def _budget(self, key: str, error: Tensor, probe: str) -> Tensor:
         if self.rtol is not None:
             return torch.full_like(error, self.rtol)
         floor = self.precision.unit * _FLOORS + 32 * torch.finfo(torch.float32).eps
-        noise = self._noise.get(_kind(key), torch.zeros_like(error))
+        noise = self._noise.get(_kind(key, probe), torch.zeros_like(error))
         # where it is one number, the nudged runs' may happen to lie close to stock's
         single = 2 if key in ("loss", EVERY_GRADIENT) else 1
         return torch.maximum(single * MULTIPLE * noise, floor)
@@ -101,9 +101,11 @@ def _ratio(measure: Measure) -> float:
     return ratio if ratio == ratio else float("inf")
 
 
-def _kind(key: str) -> str:
-    """Quantities that share a budget: the same one of every layer."""
-    return re.sub(r"\.\d+\b", ".#", key)
+def _kind(key: str, probe: str) -> str:
+    """Quantities that share a budget: the same one of every layer. But for all gradients as one,
+    which of a few tokens are many times as noisy as of many.
+    """
+    return f"{key} ({probe})" if key == EVERY_GRADIENT else re.sub(r"\.\d+\b", ".#", key)
 
 
 def _sort(key: str) -> str:

@@ -135,7 +135,7 @@ def launched(folder, script, *arguments, processes, **variables):
         command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "OMP_NUM_THREADS": "1",
         "TRITON_INTERPRET": "0",
         "HF_HUB_OFFLINE": "1",
