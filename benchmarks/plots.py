@@ -14,6 +14,7 @@ stack, or a budget, that only another run of the same card has is drawn too, wit
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import statistics
@@ -140,9 +141,18 @@ class Work:
 
     name: str
     entries: list[Entry] = field(default_factory=list)
+    elsewhere: str = ""
+    """the card, where it is not that of the other works"""
+
+    def showing(self, entries: list[Entry]) -> Work:
+        """With these entries in place of its own."""
+        return dataclasses.replace(self, entries=entries)
 
     @property
     def title(self) -> str:
+        return self._shape() + (f", on {self.elsewhere}" if self.elsewhere else "")
+
+    def _shape(self) -> str:
         if self.name in MEDIA:
             text = bench_media.WORKS[self.name].text
             return f"W6  E2B, NF4, {MEDIA[self.name]} and {text} tokens, adapters in the tower too"
@@ -156,16 +166,18 @@ ORDER = (*WORKS, *MEDIA)
 
 
 def works(results: Sequence[Results]) -> list[Work]:
-    """Each work that somebody measured, on the card that has most rows."""
+    """Each work that somebody measured: on the card that has most rows, or else on another."""
     cards = Counter(r.card for r in results for name in ORDER for _ in r.of(name))
     if not cards:
         return []
-    card = cards.most_common(1)[0][0]
+    home = cards.most_common(1)[0][0]
     found = []
     for name in ORDER:
-        files = [r for r in results if r.card == card and r.of(name)]
+        measured = [r for r in results if r.of(name)]
+        card = max((r.card for r in measured), key=cards.__getitem__, default="")
+        files = [r for r in measured if r.card == card]
         files.sort(key=lambda r: (len(_labels(r.of(name))), r.content.get("date", "")))
-        work = Work(name)
+        work = Work(name, elsewhere="" if card == home else card)
         for file in reversed(files):
             have, stacks = {e.label for e in work.entries}, {e.stack for e in work.entries}
             for label in sorted(_labels(file.of(name)) - have):
@@ -347,7 +359,7 @@ def memory(shown: list[Work]) -> Any:
         "what was measured; its parts are what gemma_accel.plan predicts. Stacks that it knows "
         "nothing about, and works with media, are not split."
     )
-    shown = [Work(work.name, _of_interest(work)) for work in shown]
+    shown = [work.showing(_of_interest(work)) for work in shown]
     figure, panels = _bars(shown, caption + _asterisk(shown), legend=0.42)
     highest = CARD_GIB
     for axes, work in zip(panels, shown, strict=True):
@@ -428,7 +440,7 @@ def speed(shown: list[Work]) -> Any:
         "soft tokens."
     )
     shown = [
-        Work(work.name, kept)
+        work.showing(kept)
         for work in shown
         if (kept := [e for e in work.entries if e.tokens_per_second or e.error])
     ]

@@ -20,7 +20,9 @@ from gemma_accel.telemetry import peak_tflops
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
-TABLE = re.compile(r"(<!-- (measured|media|attention): ([^>]+) -->\n).*?(<!-- /\2 -->)", re.S)
+TABLE = re.compile(
+    r"(<!-- (measured|media|attention|kernels): ([^>]+) -->\n).*?(<!-- /\2 -->)", re.S
+)
 
 STACKS = {"trl": "TRL", "liger": "TRL + Liger", "unsloth": "Unsloth"}
 MEDIA = {
@@ -79,7 +81,19 @@ def _attention(files: list[Row]) -> Iterator[str]:
     return _lines("layer | stock, ms | here, ms | times", rows)
 
 
-KINDS = {"measured": _steps, "media": _media, "attention": _attention}
+def _kernels(files: list[Row]) -> Iterator[str]:
+    rows = [
+        [f"{row['op']} {row['shape']}"]
+        + [_cell(row, f"{stack}_gpu_us", ",.0f") for stack in ("stock", "liger", "ours")]
+        + [f"{row['gpu_speedup']:.1f}"]
+        for file in files
+        for row in file["rows"]
+        if "gpu_speedup" in row
+    ]
+    return _lines("op | stock, us | Liger, us | here, us | times stock", rows)
+
+
+KINDS = {"measured": _steps, "media": _media, "attention": _attention, "kernels": _kernels}
 
 
 def _work(row: Row) -> str:

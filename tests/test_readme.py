@@ -14,7 +14,9 @@ from benchmarks.losses import compare, curves
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "benchmarks/results"
-MEASURED = re.search(r"<!-- measured: (.+) -->", README)[1].split()
+FILES = [
+    name for _, _, names, _ in tables.TABLE.findall(README) for name in names.split()
+]  # that stand in a table
 
 
 def results(name: str) -> dict:
@@ -57,7 +59,7 @@ def test_a_table_is_written_from_its_files(tmp_path):
 
 
 def test_the_versions_and_the_card_are_the_files():
-    for name in MEASURED:
+    for name in FILES:
         run = results(name)
         assert run["card"] in README
         for package in ("transformers", "trl", "peft", "bitsandbytes", "torch", "triton"):
@@ -66,19 +68,22 @@ def test_the_versions_and_the_card_are_the_files():
 
 def test_losses_float32_and_newest_versions_are_the_files():
     text = " ".join(README.split())
-    rows = results("h100-losses.json")["rows"]
+    rows = results("h200-losses.json")["rows"]
     gap, spread = compare(curves(rows, "trl"), curves(rows, "gemma_accel"))
     assert f"is {gap:.4f}, within stock's own spread of {spread:.4f}" in text and gap <= spread
-    (wide,) = results("h100-w1-float32.json")["rows"]
-    load, train = wide["load_peak_gib"], wide["peak_reserved_gib"]
-    assert f"loads in {load:.2f} GiB and trains in {train:.2f}" in text
-    newest = results("h100-w1-newest.json")
-    stock, ours = sorted(newest["rows"], key=lambda row: row["stack"] != "trl")
+    stock, ours = results("h200-w1-float32.json")["rows"]
+    assert (
+        f"loads in {ours['load_peak_gib']:.2f} GiB and trains in {ours['peak_reserved_gib']:.2f}, "
+        f"stock in {stock['load_peak_gib']:.2f} and {stock['peak_reserved_gib']:.2f} (" in text
+    )
+    newest = results("h200-w1-newest.json")
+    stock, ours = newest["rows"]
     versions = newest["versions"]
     assert f"transformers {versions['transformers']} and TRL {versions['trl']}" in text
     assert (
         f"loads in {ours['load_peak_gib']:.2f} and trains in {ours['peak_reserved_gib']:.2f} GiB, "
-        f"stock in {stock['load_peak_gib']:.2f} and {stock['peak_reserved_gib']:.2f}" in text
+        f"stock in {stock['load_peak_gib']:.2f} and {stock['peak_reserved_gib']:.2f}, "
+        f"{stock['step_s'] / ours['step_s']:.2f} times as fast" in text
     )
 
 
@@ -99,13 +104,13 @@ def test_the_learning_curve_is_the_file():
 
 def test_the_host_memory_of_long_rows_is_the_files():
     text = " ".join(README.split())
-    long, longest = results("h100-long.json")["rows"]
+    (long,), (_, longest) = (results(f"{name}.json")["rows"] for name in ("h200-w4", "h100-long"))
     assert (long["sequence_length"], longest["sequence_length"]) == (65536, 131072)
     host, most = (
         row["host_gib"]["anonymous"] + row["host_gib"]["shared"] for row in (long, longest)
     )
-    assert f"65,536 tokens take {host:.1f} GiB of host memory" in text
-    assert f"and 131,072, all that the model was made for, {most:.1f}." in text
+    assert f"65,536 tokens is one timed step; it takes {host:.1f} GiB of host memory" in text
+    assert f"131,072 tokens are all that the model was made for; they take {most:.1f} GiB" in text
 
 
 def test_the_counts_are_the_tests():
