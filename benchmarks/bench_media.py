@@ -21,7 +21,9 @@ from benchmarks.harness import (
     begin,
     build_apart,
     host_gib,
+    load_unsloth,
     measure_class,
+    prepare_unsloth,
     reserved_gib,
     run_work,
     say,
@@ -87,28 +89,18 @@ def collate(rows: list[dict], config, work: Media) -> dict:
 def worker(spec: dict) -> None:
     import functools
 
-    import torch
-
     begin(spec)
     if spec["stack"] == "gemma_accel":
         import gemma_accel.auto  # noqa: F401 - the one line
+    if spec["stack"] == "unsloth":
+        prepare_unsloth(spec)
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     work, path = WORKS[spec["work"]], spec["checkpoint"]
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        device_map={"": 0},
-        dtype=torch.bfloat16,
-        quantization_config=nf4(),
-    )
-    for module in model.modules():  # a random checkpoint's ranges are infinite, and cost nothing
-        if type(module).__name__ == "Gemma4ClippableLinear":
-            for end, value in (("min", -3.0), ("max", 3.0)):
-                getattr(module, f"input_{end}").fill_(value)
-                getattr(module, f"output_{end}").fill_(value)
+    model = _model(spec, work)
     load = reserved_gib()
     measure = measure_class()(spec)
     trainer = SFTTrainer(
@@ -116,6 +108,7 @@ def worker(spec: dict) -> None:
         args=SFTConfig(
             output_dir=spec["output_dir"],
             per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,  # Unsloth's default is 2
             max_steps=spec["steps"],
             max_length=None,
             bf16=True,
@@ -154,6 +147,26 @@ def worker(spec: dict) -> None:
         report = report_of(trainer.model).to_dict()
         out["report"], out["skipped"] = report["notes"], report["skipped"][:20]
     say({"result": out})
+
+
+def _model(spec: dict, work: Media):
+    """The stack's, with ranges that clip: a random checkpoint's are infinite, and cost nothing."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    path = spec["checkpoint"]
+    if spec["stack"] == "unsloth":
+        model = load_unsloth(path, work.text + work.soft_tokens)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, device_map={"": 0}, dtype=torch.bfloat16, quantization_config=nf4()
+        )
+    for module in model.modules():
+        if type(module).__name__ == "Gemma4ClippableLinear":
+            for end, value in (("min", -3.0), ("max", 3.0)):
+                getattr(module, f"input_{end}").fill_(value)
+                getattr(module, f"output_{end}").fill_(value)
+    return model
 
 
 def main(

@@ -61,6 +61,31 @@ def host_gib() -> dict:
     return out
 
 
+def prepare_unsloth(spec: dict) -> None:
+    """Unsloth wants to be imported before what it patches. Its `torch.compile` had not got through
+    the first step after five minutes on the machine that was tried: off, unless asked for.
+    """
+    os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(spec["output_dir"]) / "unsloth"))
+    import unsloth  # noqa: F401
+
+
+def load_unsloth(path: str, length: int, *, quantised: bool = True):
+    """The model, as Unsloth's documentation loads Gemma."""
+    import torch
+    from unsloth import FastModel
+
+    model, _ = FastModel.from_pretrained(
+        path,
+        max_seq_length=length,
+        dtype=torch.bfloat16,
+        load_in_4bit=quantised,
+        offload_embedding=True,
+        use_gradient_checkpointing="unsloth",
+    )
+    return model
+
+
 def measure_class():
     """The callback that measures; a function, so that the parent imports no torch for it."""
     import torch

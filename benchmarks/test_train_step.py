@@ -85,11 +85,10 @@ def run(work, out):
     directory = "/dev/shm" if Path("/dev/shm").is_dir() else str(out.parent)
     steps, warm_up = LENGTH.get(work, (10, 5))
     how = ["--steps", steps, "--warmup", warm_up, "--directory", directory]
+    stacks = [stack for stack in STACKS if installed(stack)]
     if work in MEDIA:
-        stacks = [s for s in STACKS if s != "unsloth" and installed(s)]
         command = ["benchmarks.bench_media", out, "--works", MEDIA[work], "--stacks", *stacks]
     else:
-        stacks = [s for s in STACKS if installed(s)]
         command = ["benchmarks.train_step", "--out", out, "--works", work, "--stacks", *stacks]
         if torch.cuda.get_device_properties(0).total_memory < SIDE_BY_SIDE_GIB * 2**30:
             how.append("--apart")
@@ -119,8 +118,6 @@ def judge(rows):
 def test_step(work, stack, benchmark, measured):
     if not installed(stack):
         pytest.skip(f"{work}: {NEEDS[stack]} is not installed")
-    if work in MEDIA and stack == "unsloth":
-        pytest.skip(f"{work}: {stack} is not compared on media")
     row = measured(work)[stack]
     if "error" in row:
         what = "out of memory" if "OutOfMemory" in row["error"] else row["error"]

@@ -25,7 +25,9 @@ from benchmarks.harness import (
     begin,
     build_apart,
     host_gib,
+    load_unsloth,
     measure_class,
+    prepare_unsloth,
     reserved_gib,
     run_work,
     say,
@@ -91,7 +93,7 @@ def _import_stack(spec: dict) -> None:
             patching.apply = functools.partial(patching.apply, vram_gib=spec["vram_gib"])
         import gemma_accel.auto  # noqa: F401 - the one line
     if spec["stack"] == "unsloth":
-        _prepare_unsloth(spec)
+        prepare_unsloth(spec)
 
 
 def _arguments(spec: dict, work: Work):
@@ -124,7 +126,8 @@ def _model(spec: dict, work: Work, arguments):
 
     path = spec["checkpoint"]
     if spec["stack"] == "unsloth":
-        return _load_unsloth(path, work), None
+        model = load_unsloth(path, work.sequence_length, quantised=work.quantised)
+        return _with_unsloth_adapters(model, work), None
     adapters = LoraConfig(r=work.lora_rank, lora_alpha=work.lora_rank, target_modules=ADAPTED)
     kwargs = {"quantization_config": nf4()} if work.quantised else {}
     if spec["float32"]:  # TRL's own way for a model given by name
@@ -143,28 +146,10 @@ def _our_report(model) -> dict:
     return {"report": report["notes"], "modes": modes, "skipped": report["skipped"][:20]}
 
 
-def _prepare_unsloth(spec: dict) -> None:
-    """Unsloth wants to be imported before what it patches. Its `torch.compile` had not got through
-    the first step after five minutes on the machine that was tried: off, unless asked for.
-    """
-    os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(spec["output_dir"]) / "unsloth"))
-    import unsloth  # noqa: F401
-
-
-def _load_unsloth(path: str, work):
-    """The model with its adapters, as Unsloth's documentation loads Gemma for text."""
-    import torch
+def _with_unsloth_adapters(model, work):
+    """As Unsloth's documentation adapts Gemma for text."""
     from unsloth import FastModel
 
-    model, _ = FastModel.from_pretrained(
-        path,
-        max_seq_length=work.sequence_length,
-        dtype=torch.bfloat16,
-        load_in_4bit=work.quantised,
-        offload_embedding=True,
-        use_gradient_checkpointing="unsloth",
-    )
     return FastModel.get_peft_model(
         model,
         finetune_vision_layers=False,
