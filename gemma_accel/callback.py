@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import time
 import warnings
 import weakref
@@ -35,6 +36,8 @@ from transformers.trainer_utils import unwrap_peft_model
 from gemma_accel.errors import KernelError
 from gemma_accel.failures import kernel_failure
 from gemma_accel.hookspecs import Undo
+from gemma_accel.inputs import IGNORED
+from gemma_accel.patches.attention import trained_on
 from gemma_accel.patches.seams import Undoing, set_attribute
 from gemma_accel.report import Report
 from gemma_accel.telemetry import Utilisation
@@ -42,9 +45,6 @@ from gemma_accel.telemetry import Utilisation
 __all__ = ["GradientAccumulationCallback", "accept_loss_kwargs"]
 
 logger = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label of a token that is not learned."""
 
 
 def accept_loss_kwargs(base: nn.Module) -> Undo:
@@ -124,7 +124,7 @@ class GradientAccumulationCallback(TrainerCallback):
         _check_tables(trainer.model)
         self._correct(trainer, args)
         self._wrap(trainer, "training_step", partial(self._training_step, trainer.training_step))
-        self._wrap(trainer, "prediction_step", partial(self._explained, trainer.prediction_step))
+        self._wrap(trainer, "prediction_step", partial(self._step, trainer.prediction_step))
         self._wrap(trainer, "log", partial(self._log, trainer.log))
         if self._report is not None:
             self._undos.extend(_spare_the_frozen_bottom(trainer.model, self._note))
@@ -143,7 +143,7 @@ class GradientAccumulationCallback(TrainerCallback):
         self._pace.leave_out()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._report is not None and args.should_save:
+        if self._report is not None and not self._report.restored and args.should_save:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             try:
                 self._report.write(checkpoint if checkpoint.is_dir() else args.output_dir)
@@ -168,10 +168,7 @@ class GradientAccumulationCallback(TrainerCallback):
         accepted = trainer.model_accepts_loss_kwargs
         # Not only in `attach`: a subclass's __init__ may have changed the flag after it.
         if not _count_tokens(trainer):
-            if accumulates and not (
-                accepted or trainer.compute_loss_func or _sees_to_itself(trainer)
-            ):
-                _warn(f"{_name(trainer)}: {_MICRO_BATCHES_WEIGH_THE_SAME} {_REMEDY}")
+            self._leave_uncounted(trainer, accumulates)
             return
         self._note("gradient accumulation", "every token of an optimizer step weighs the same")
         if args.world_size > 1 and not args.average_tokens_across_devices:
@@ -183,6 +180,29 @@ class GradientAccumulationCallback(TrainerCallback):
             self._wrap(trainer, "compute_loss", _OwnLoss(trainer, accepted, self._note))
         if accumulates and args.world_size == 1:
             self._window = _Window()
+            self._wrap(trainer, "compute_loss", partial(self._seen, trainer.compute_loss))
+
+    def _leave_uncounted(self, trainer: Any, accumulates: bool) -> None:
+        """As stock has it, which a warning says where tokens then weigh differently."""
+        if _steps_by_itself(trainer) and not _sees_to_itself(trainer):
+            # the model may have said that it takes the count when the Trainer was built
+            accepted = trainer.model_accepts_loss_kwargs
+            trainer.model_accepts_loss_kwargs = _stock_flag(trainer, accepted)
+            remedy = f"{_name(trainer)} has a training_step of its own. {_STEP_REMEDY}"
+        else:
+            remedy = _REMEDY
+        counted = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
+        if accumulates and not (counted or _sees_to_itself(trainer)):
+            _warn(f"{_name(trainer)}: {_MICRO_BATCHES_WEIGH_THE_SAME} {remedy}")
+
+    def _seen(
+        self, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kw: Any
+    ) -> Any:
+        """``original`` of a micro-batch, whose labels are counted as the loss meets them."""
+        if self._window is not None and model.training:
+            items = args[1] if len(args) > 1 else kw.get("num_items_in_batch")
+            self._window.add(inputs, items)
+        return original(model, inputs, *args, **kw)
 
     def _training_step(
         self, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
@@ -191,9 +211,14 @@ class GradientAccumulationCallback(TrainerCallback):
             if (ids := inputs.get("input_ids")) is not None:
                 self._pace.tokens += ids.numel()
             self._utilisation.add(inputs)
-            if self._window is not None:
-                self._window.add(inputs, args[0] if args else kwargs.get("num_items_in_batch"))
-        return self._explained(original, model, inputs, *args, **kwargs)
+        return self._step(original, model, inputs, *args, **kwargs)
+
+    def _step(
+        self, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A step whose labels attention knows, whoever's forward asks the model."""
+        with trained_on(inputs.get("labels") if isinstance(inputs, Mapping) else None):
+            return self._explained(original, model, inputs, *args, **kwargs)
 
     def _explained(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``original`` does, a kernel's failure in it told in words that help."""
@@ -236,6 +261,11 @@ _MICRO_BATCHES_WEIGH_THE_SAME = (
     "under gradient accumulation each micro-batch is averaged on its own, so a token of a short "
     "one weighs more than a token of a long one."
 )
+_STEP_REMEDY = (
+    "Let it end in super().training_step(model, inputs, num_items_in_batch), or set "
+    "loss_is_scaled_for_ga on the Trainer: True where its loss is scaled for the whole optimizer "
+    "step, False where it is the mean over one micro-batch."
+)
 _REMEDY = (
     "Call gemma_accel.apply(model) before the Trainer is built, or "
     "GradientAccumulationCallback().attach(trainer) before it trains."
@@ -263,10 +293,28 @@ def _count_tokens(trainer: Any) -> bool:
             # transformers < 5.19 does not read it; TRL sees to that for its own trainers
             trainer.model_accepts_loss_kwargs = bool(trainer.loss_is_scaled_for_ga)
         return False
-    if _sees_to_itself(trainer) or _gemma4(_base(trainer)) is None:
+    if _sees_to_itself(trainer) or _gemma4(_base(trainer)) is None or _steps_by_itself(trainer):
         return False
     trainer.model_accepts_loss_kwargs = True
     return True
+
+
+def _stock_flag(trainer: Any, accepted: bool) -> bool:
+    """What ``model_accepts_loss_kwargs``, ``accepted`` before, is without `apply`."""
+    return accepted and getattr(type(_base(trainer)), "accepts_loss_kwargs", True)
+
+
+def _steps_by_itself(trainer: Any) -> bool:
+    """Whether a `training_step` of its own stands between the count and the loss: a user's that
+    does not end in the Trainer's, and may divide the loss by itself, or one of TRL's beyond SFT's,
+    which may train on other labels than the data has (GKD's does).
+    """
+    step = type(trainer).training_step
+    home = (getattr(step, "__module__", None) or "").split(".")[0]
+    if home == "trl":
+        return not step.__qualname__.startswith("SFTTrainer.")
+    code = getattr(step, "__code__", None)
+    return home != "transformers" and (code is None or "training_step" not in code.co_names)
 
 
 def _says_how_it_scales(trainer: Any) -> bool:
@@ -373,7 +421,8 @@ _SCALED = "scaled by num_items_in_batch"
 _TOKEN_MEAN = "the mean over the micro-batch's tokens"
 _MEAN = "another mean over the micro-batch"
 _UNKNOWN = "neither"
-_VERDICTS = (_SCALED, _TOKEN_MEAN, _MEAN, _UNKNOWN)
+_SILENT = "nothing, or not a number: it tells nothing yet"
+_VERDICTS = (_SCALED, _TOKEN_MEAN, _MEAN, _UNKNOWN, _SILENT)
 
 _HOW = "Divide the sum of the token losses by num_items_in_batch, which the Trainer passes"
 
@@ -395,7 +444,8 @@ class _OwnLoss:
       weigh the same cannot be mended from here, and a warning says what to change;
     - anything else: the Trainer does as it would without us, and a warning says what to change.
 
-    Two to five forward passes, once a training.
+    Two to five forward passes, once a training; a loss that is zero (a weight that is warmed up, a
+    distance from the reference) or no number is asked again at the next micro-batch.
     """
 
     def __init__(self, trainer: Any, accepted: bool, note: Callable[[str, str], None]) -> None:
@@ -405,32 +455,44 @@ class _OwnLoss:
         self.ignores_count = False
 
     def __call__(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+        **more: Any,
     ) -> Any:
         items, key = num_items_in_batch, _label_key(inputs)
+        compute = partial(self.original, **more)
         if return_outputs or items is None or not model.training or key not in inputs:
-            more = {"return_outputs": True} if return_outputs else {}
-            return self.original(model, inputs, num_items_in_batch=items, **more)
+            wanted = {"return_outputs": True} if return_outputs else {}
+            return compute(model, inputs, num_items_in_batch=items, **wanted)
         if self.verdict is None:
-            self.verdict = self._examine(model, inputs, items)
+            verdict = self._examine(compute, model, inputs, items)
+            if verdict == _SILENT:  # the next micro-batch may tell
+                return compute(model, inputs, num_items_in_batch=items)
+            self.verdict = verdict
             self._tell()
         if self.verdict == _SCALED:
-            return self.original(model, inputs, num_items_in_batch=items)
-        trainer = self.trainer
-        if (
-            self.verdict == _UNKNOWN
-        ):  # as stock: uncounted, and then divided, where the flag is down
-            trainer.model_accepts_loss_kwargs = self._stock_flag()
-            if not (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
-                items = None
-            return self.original(model, inputs, num_items_in_batch=items)
+            return compute(model, inputs, num_items_in_batch=items)
+        if self.verdict == _UNKNOWN:
+            return self._as_stock(compute, model, inputs, items)
         n = _counted(key, inputs[key]).sum()  # before the loss takes the labels out
-        mean = self.original(model, inputs, num_items_in_batch=None)
+        if self.verdict == _TOKEN_MEAN and not n:
+            # it adds nothing, but its mean is 0/0: of other labels it is a number
+            inputs = {**inputs, key: _labels_to_try(inputs)[1]}
+        mean = compute(model, inputs, num_items_in_batch=None)
         if self.verdict == _MEAN:
-            return mean / trainer.current_gradient_accumulation_steps
-        # A micro-batch without labels adds nothing: its mean is 0/0.
+            return mean / self.trainer.current_gradient_accumulation_steps
         weight = n / torch.as_tensor(items, device=n.device) * self._processes()
         return torch.where(n > 0, mean * weight.to(mean.device), torch.zeros_like(mean))
+
+    def _as_stock(self, compute: Callable[..., Any], model: Any, inputs: Any, items: Any) -> Any:
+        """Uncounted, and then divided by the Trainer, where the flag is down."""
+        trainer = self.trainer
+        trainer.model_accepts_loss_kwargs = _stock_flag(trainer, self.accepted)
+        counted = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func
+        return compute(model, inputs, num_items_in_batch=items if counted else None)
 
     def _processes(self) -> int:
         """How many processes' tokens the count holds: DDP averages their gradients."""
@@ -438,19 +500,20 @@ class _OwnLoss:
             return 1
         return self.trainer.accelerator.num_processes // self.trainer.get_tp_size()
 
-    def _stock_flag(self) -> bool:
-        return self.accepted and getattr(type(_base(self.trainer)), "accepts_loss_kwargs", True)
-
-    def _examine(self, model: Any, inputs: Mapping[str, Any], items: Any) -> str:
+    def _examine(
+        self, compute: Callable[..., Any], model: Any, inputs: Mapping[str, Any], items: Any
+    ) -> str:
         key, labels = _labels_to_try(inputs)
 
         def loss(labels: Tensor, items: Any) -> float:
             with self._undisturbed(), torch.no_grad():
                 tried = {**inputs, key: labels.clone()}
-                return float(self.original(model, tried, num_items_in_batch=items))
+                return float(compute(model, tried, num_items_in_batch=items))
 
         def follows() -> str:
             once, twice = loss(labels, items), loss(labels, items * 2)
+            if once == 0 or not math.isfinite(once):
+                return _SILENT
             if _equal(twice * 2, once):
                 return _SCALED
             return _MEAN if _equal(twice, once) else _UNKNOWN
@@ -482,6 +545,8 @@ class _OwnLoss:
             return answer
         mine = torch.tensor([_VERDICTS.index(answer)], device=self.trainer.args.device)
         answers = self.trainer.accelerator.gather(mine).tolist()
+        if _VERDICTS.index(_SILENT) in answers:
+            return _SILENT
         return answer if len(set(answers)) == 1 else _UNKNOWN
 
     @contextlib.contextmanager

@@ -114,7 +114,9 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
                 )
         images = _listed(example, "image")
         sounds = [self._waveform(sound, i) for i, sound in enumerate(_listed(example, "audio"))]
-        if "messages" in example or self.dataset_text_field in example:
+        # a data set whose rows differ has None where a row lacks a column
+        has = {name for name, value in example.items() if value is not None}
+        if has & {"messages", self.dataset_text_field}:
             if self.completion_only_loss:
                 raise ValueError(
                     "completion_only_loss=True needs rows with 'prompt' and 'completion'"
@@ -122,7 +124,7 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
             return self._language_modeling(example, images, sounds)
         if self.assistant_only_loss:
             raise ValueError("assistant_only_loss=True needs rows with 'messages'")
-        if "prompt" in example and "completion" in example:
+        if {"prompt", "completion"} <= has:
             return self._prompt_completion(example, images, sounds)
         raise KeyError(
             f"expected 'messages', {self.dataset_text_field!r}, or 'prompt' and 'completion', "
@@ -133,7 +135,7 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
     def _language_modeling(
         self, example: Mapping[str, Any], images: list[Any], sounds: list[Any]
     ) -> _Row:
-        if "messages" not in example:
+        if example.get("messages") is None:
             row = self._encode(example[self.dataset_text_field], images, sounds)
         else:
             messages, images, sounds = _with_media(

@@ -266,9 +266,8 @@ class HostTable:
     def _read(self, ids: Tensor) -> Tensor:
         """Whole rows on the CPU, [*ids.shape, columns]; page-locked where a GPU waits for them."""
         on_cpu = ids.detach().to("cpu")
-        out = torch.empty(
-            (*ids.shape, self.shape[1]), dtype=self.dtype, pin_memory=ids.device.type == "cuda"
-        )
+        shape, pinned = (*ids.shape, self.shape[1]), ids.device.type == "cuda"
+        out = torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=pinned)
         if isinstance(self.source, Tensor):
             torch.index_select(self.source, 0, on_cpu.reshape(-1), out=out.view(-1, self.shape[1]))
             return out
@@ -430,9 +429,12 @@ def _available_memory() -> int | None:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         if limit != "max":
-            left = int(limit) - used
+            # pages of files, which it counts, are given back when they are needed
+            lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+            stat = dict(line.split() for line in lines)
+            left = int(limit) - used + sum(int(stat[f"{n}active_file"]) for n in ("", "in"))
             available = left if available is None else min(available, left)
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         pass
     return available
 

@@ -9,7 +9,6 @@ runs.
 from __future__ import annotations
 
 import contextlib
-import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as registration
 
-from gemma_accel.models import base_model
+from gemma_accel.models import base_model, text_model
 
 __all__ = ["remembered"]
 
@@ -58,23 +57,22 @@ class _Stand:
         self.owner, self.name, self.stock = owner, name, getattr(owner, name)
 
     def __reduce__(self) -> Any:
-        return _method, (self.owner, self.name)
-
-
-def _method(owner: nn.Module, name: str) -> Any:
-    return types.MethodType(getattr(type(owner), name), owner)
+        return getattr, (self.owner, self.name)  # found in its class: it has no attributes yet
 
 
 class _Count(_Stand):
+    """Of all parameters: how many are trained a callback may change."""
+
     def __init__(self, owner: nn.Module, name: str) -> None:
         super().__init__(owner, name)
-        self._known: dict[Any, int] = {}
+        self._known: dict[bool, int] = {}
 
-    def __call__(self, *args: bool, **kwargs: bool) -> int:
-        key = args, tuple(kwargs.items())
-        if key not in self._known:
-            self._known[key] = self.stock(*args, **kwargs)
-        return self._known[key]
+    def __call__(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        if only_trainable:
+            return self.stock(only_trainable, exclude_embeddings)
+        if exclude_embeddings not in self._known:
+            self._known[exclude_embeddings] = self.stock(False, exclude_embeddings)
+        return self._known[exclude_embeddings]
 
 
 class _Train(_Stand):
@@ -82,14 +80,16 @@ class _Train(_Stand):
 
     Somebody may set single modules to another mode between two steps, which stock's walk would
     undo. That is only seen where a module computes something else in train mode (there is no
-    stand-in then), and where the whole model inside PEFT's was set: its layers are not checkpointed
-    then.
+    stand-in then), and where the whole model inside PEFT's was set, or its text model: its layers
+    are not checkpointed then.
     """
 
     _last: bool | None = None
 
     def __call__(self, mode: bool = True) -> nn.Module:
-        if mode is not self._last or base_model(self.owner).training is not mode:
+        base = base_model(self.owner)
+        as_left = base.training is mode and text_model(base).training is mode
+        if mode is not self._last or not as_left:
             self.stock(mode)
             self._last = mode
         return self.owner

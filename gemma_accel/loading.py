@@ -42,7 +42,7 @@ from gemma_accel.models import SUPPORTED, text_model
 from gemma_accel.patches.clipped import prepare_for_peft
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 
-__all__ = ["find_tensor", "install_load_path"]
+__all__ = ["find_tensors", "install_load_path"]
 
 _TABLE = "embed_tokens_per_layer"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -282,18 +282,16 @@ def _bind_to_saved(model: Any, tables: list[HostPerLayerEmbedding], saved: list[
 
 
 def _find_table(files: list[str], shape: tuple[int, ...]) -> FileSlice | None:
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            return None
-        found = find_tensor(file, suffix=f"{_TABLE}.weight")
-        if found is not None:
-            return found if (found.rows, found.columns) == shape else None
-    return None
+    if not all(str(file).endswith(".safetensors") for file in files):
+        return None
+    found = [place for file in files for place in find_tensors(file, suffix=f"{_TABLE}.weight")]
+    # of several (a teacher's beside it, say) Transformers knows which is the model's
+    fits = len(found) == 1 and (found[0].rows, found[0].columns) == shape
+    return found[0] if fits else None
 
 
-def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
-    """Where a two-dimensional tensor whose name ends in ``suffix`` lies in a safetensors file; None
-    where there is none.
+def find_tensors(file: str | Path, *, suffix: str) -> list[FileSlice]:
+    """Where the two-dimensional tensors whose names end in ``suffix`` lie in a safetensors file.
 
     Nothing but the header is read, and every number in it is checked against the file's size before
     it is believed.
@@ -314,6 +312,7 @@ def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
             ) from error
     if not isinstance(header, dict):
         raise ValueError(f"{file}: not a safetensors file (its header is not an object)")
+    found = []
     for name, entry in header.items():
         if name == "__metadata__" or not name.endswith(suffix):
             continue
@@ -327,7 +326,7 @@ def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
                 f"{file}: the header's entry for {name!r} is malformed: {entry!r}"
             ) from error
         if not known or len(shape) != 2:
-            return None
+            continue
         nbytes = math.prod(shape) * _DTYPES[dtype].itemsize if sound else -1
         if not sound or end - begin != nbytes or 8 + length + end > size:
             raise ValueError(
@@ -335,8 +334,9 @@ def find_tensor(file: str | Path, *, suffix: str) -> FileSlice | None:
                 f"of {size - 8 - length}, "
                 "which cannot be. The file is damaged or was cut short: download it again."
             )
-        return FileSlice.of(file, 8 + length + begin, (shape[0], shape[1]), _DTYPES[dtype])
-    return None
+        begins = 8 + length + begin
+        found.append(FileSlice.of(file, begins, (shape[0], shape[1]), _DTYPES[dtype]))
+    return found
 
 
 def _warn_of_float32(load: _Load) -> None:

@@ -191,7 +191,7 @@ def require_gib(name: str, value: Any) -> None:
         not isinstance(value, Real)
         or isinstance(value, bool)
         or not math.isfinite(value)
-        or float(value) <= 0
+        or not 0 < float(value) < 2**20
     ):
         raise ValueError(
             f"{name} must be a positive, finite number of GiB, got {value!r}. Give what the card "

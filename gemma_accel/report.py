@@ -43,13 +43,15 @@ class Report:
     Attributes:
         applied: a record for each patch in each place. skipped: a record for each place a patch had
         to leave stock, with the reason. notes: what happened to the model besides patches (where
-        the per-layer table lives, which towers left the GPU), by topic.
+        the per-layer table lives, which towers left the GPU), by topic. restored: whether all of it
+        has been taken back.
     """
 
     applied: list[Applied] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    restored: bool = field(default=False, repr=False)
     _undos: list[Callable[[], None]] = field(default_factory=list, repr=False)
     _checks: list[Callable[[], str | None]] = field(default_factory=list, repr=False)
     _plan: Callable[..., Any] | None = field(default=None, repr=False)
@@ -128,7 +130,7 @@ class Report:
         while self._undos:
             self._undos.pop()()
         self._checks.clear()
-        self._plan = None
+        self._plan, self.restored = None, True
         if self._way_back is not None:
             self._way_back(device)
             _unfuse_copies(self._way_back._base())

@@ -191,7 +191,10 @@ def _wrap_train(original: Callable[..., Any]) -> Callable[..., Any]:
                 from gemma_accel.verification import verify_before_training
 
                 verify_before_training(self)
-            with remembered(self.model), _let_go_at_the_end(self):
+            # not of a model that is about to be made anew: it would be held beside the new one
+            held = remembered(self.model) if self.model_init is None else contextlib.nullcontext()
+            del report
+            with held, _let_go_at_the_end(self):
                 return original(self, *args, **kwargs)
         return original(self, *args, **kwargs)
 
@@ -276,10 +279,13 @@ def _attach(trainer: Any, report: Report) -> None:
     callback.attach(trainer, report=report)
     base = base_model(trainer.model)
     vars(base).pop(FULL_LOGITS, None)  # the trainer before this one set it
-    if type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl"):
+    own_loss = type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl")
+    if own_loss:
         setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits
     if not isinstance(trainer.data_collator, CheckedIds):
-        trainer.data_collator = CheckedIds(trainer.data_collator, text_model(base).config)
+        own_loss = own_loss or callable(trainer.compute_loss_func)
+        collator = CheckedIds(trainer.data_collator, text_model(base).config, own_loss)
+        trainer.data_collator = collator
     _tell_policy(trainer)
 
 

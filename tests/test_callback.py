@@ -812,3 +812,129 @@ def test_dpo_on_an_applied_model_is_scaled_as_without():
         assert error(train(trainer, grab), expected) < 1e-4
     finally:
         report.restore()
+
+
+# ---- losses that tell nothing yet, and steps of the user's own
+
+
+class Gradients(TrainerCallback):
+    """Keeps every optimizer step's gradient."""
+
+    def __init__(self):
+        self.steps = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        named = model.named_parameters()
+        self.steps.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+
+@pytest.mark.parametrize("how", ["compute_loss_func", "compute_loss"])
+def test_a_loss_that_is_zero_at_first_is_asked_again(how):
+    """A weight that is warmed up: the gradient of the first step is nothing, and says nothing."""
+    gradients = Gradients()
+
+    def warmed(outputs, labels, num_items_in_batch=None):
+        return token_mean_loss(outputs, labels) * min(1, len(gradients.steps))
+
+    trainer, _ = own_loss_trainer(how, warmed, max_steps=2, callbacks=[gradients])
+    attached(trainer).train()
+    nothing, whole = gradients.steps
+    assert not any(g.any() for g in nothing.values())
+    assert error(whole, true_gradient("conditional", False)) < 1e-4
+
+
+def test_a_micro_batch_without_labels_adds_nothing_to_a_mean_of_masked_losses():
+    trainer, grab = own_loss_trainer("compute_loss_func", token_mean_loss)
+    unlabelled = rows()
+    unlabelled[1]["labels"][:] = -100
+    trainer.train_dataset = unlabelled
+    gradient = train(attached(trainer), grab)
+    model, batch = model_of("conditional"), collate(unlabelled)
+    labels = batch.pop("labels")
+    losses = token_losses(model(**batch).logits, labels)
+    (losses.sum() / (labels[..., 1:] != -100).sum()).backward()
+    assert error(gradient, {n: p.grad for n, p in model.named_parameters()}) < 1e-4
+
+
+class Dividing(Trainer):
+    """Its own step, written for a model that takes no count."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss = loss / self.args.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Delegating(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.stepped = True
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("applied_first", [False, True])
+def test_a_training_step_of_ones_own_gets_no_count_and_a_warning(applied_first):
+    stock, grab = build(Dividing, model_of("conditional"))
+    expected = train(stock, grab)
+    model = model_of("conditional")
+    if applied_first:
+        gemma_accel.apply(model)
+    trainer, grab = build(Dividing, model)
+    with pytest.warns(UserWarning, match=r"training_step of its own.*loss_is_scaled_for_ga"):
+        gradient = train(attached(trainer), grab)
+    assert error(gradient, expected) < 1e-3
+
+
+def test_one_that_ends_in_the_trainers_is_corrected():
+    trainer, grab = build(Delegating, model_of("conditional"))
+    assert error(train(attached(trainer), grab), true_gradient("conditional", False)) < 1e-4
+
+
+def test_a_step_of_trls_that_may_replace_the_labels_gets_no_count():
+    gkd = pytest.importorskip("trl.experimental.gkd").GKDTrainer
+    steps = {
+        cls: callback_module._steps_by_itself(object.__new__(cls))
+        for cls in (Trainer, SFTTrainer, gkd, Dividing, Delegating)
+    }
+    assert [cls for cls, own in steps.items() if own] == [gkd, Dividing]
+
+
+def test_labels_that_a_step_replaces_are_seen():
+    class Replacing(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            labels = inputs["labels"].clone()
+            labels[:, : labels.shape[1] // 2] = -100
+            return super().training_step(model, {**inputs, "labels": labels}, num_items_in_batch)
+
+    trainer, _ = build(Replacing, model_of("conditional"))
+    with pytest.warns(UserWarning, match="divided by 111 tokens, but its micro-batches hold"):
+        attached(trainer).train()
+
+
+def test_arguments_of_an_own_loss_reach_it():
+    seen = []
+
+    class Weighed(Delegating):
+        def compute_loss(self, model, inputs, num_items_in_batch=None, alpha=1.0, **kwargs):
+            seen.append(alpha)
+            return model(**inputs, num_items_in_batch=num_items_in_batch).loss * alpha
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            self.compute_loss(model, dict(inputs), num_items_in_batch=4, alpha=0.5)
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    trainer, _ = build(Weighed, model_of("conditional"))
+    attached(trainer).train()
+    assert set(seen) == {0.5, 1.0}
+
+
+def test_a_restored_models_checkpoints_have_no_report():
+    model = model_of("conditional")
+    report = gemma_accel.apply(model)
+    trainer, _ = build(Trainer, model, save_strategy="steps", save_steps=1)
+    report.restore()
+    trainer.train()
+    assert (Path("out") / "checkpoint-1").is_dir()
+    assert not list(Path("out").rglob("gemma_accel_report.json"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import pytest
@@ -129,3 +130,28 @@ def test_dropout_is_set_at_every_step(peft):
         dropout.eval()
         wet.train()
         assert dropout.training
+
+
+def test_how_many_are_trained_is_counted_each_time(peft):
+    base = peft.get_base_model()
+    with remembered(peft):
+        before = base.num_parameters(only_trainable=True)
+        base.model.layers[0].requires_grad_(False)
+        assert base.num_parameters(only_trainable=True) < before
+
+
+def test_a_text_model_in_another_mode_is_set_right(peft):
+    base = peft.get_base_model()
+    with remembered(peft):
+        peft.train()
+        base.model.eval()
+        peft.train()
+        assert all(module.training for module in peft.modules())
+
+
+def test_a_model_pickled_meanwhile_loads_without_this_package(peft):
+    with remembered(peft):
+        peft.train()
+        pickled = pickle.dumps(peft)
+    assert b"gemma_accel" not in pickled
+    assert same(pickle.loads(pickled).parameters(), []) is False

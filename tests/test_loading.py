@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import struct
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    Gemma4ForConditionalGeneration,
+)
 
 import gemma_accel
+from gemma_accel import hostmemory
 from gemma_accel.errors import RestoreError
 from gemma_accel.hostmemory import FileSlice, HostTable, StaleFileError
-from gemma_accel.loading import find_tensor, install_load_path
+from gemma_accel.loading import find_tensors, install_load_path
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 from gemma_accel.patches.seams import Fused
 from tests.tiny import LANGUAGE, batch, tiny_model
@@ -328,6 +336,88 @@ class TestTable:
             model.save_pretrained(tmp_path / "saved")
 
 
+class TestWrites:
+    """The table is the parameter's, whoever wrote into it and how."""
+
+    @pytest.mark.parametrize("how", ["no_grad", "data", "in place of data"])
+    def test_show_in_outputs_and_in_what_is_saved(self, model, tmp_path, how):
+        before, weight = logits(model), table_of(model).weight
+        with torch.no_grad():
+            if how == "no_grad":
+                weight[3:60] += 1
+            elif how == "data":
+                weight.data[3:60] = weight.data[3:60] + 1
+            else:
+                weight.data += 1
+        after = logits(model)
+        assert not torch.equal(after, before)
+        model.save_pretrained(tmp_path / "written")
+        assert torch.equal(logits(stock(tmp_path / "written")), after)
+
+    def test_peft_merges_into_it(self, model):
+        config = LoraConfig(r=4, target_modules=["embed_tokens_per_layer"], init_lora_weights=False)
+        peft = get_peft_model(model, config).eval()
+        adapted = logits(peft)
+        merged = logits(peft.merge_and_unload())
+        assert (merged - adapted).norm() < 1e-4 * adapted.norm()
+
+    @pytest.mark.parametrize("how", ["no_grad", "data"])
+    @pytest.mark.parametrize("written_before", [False, True])
+    def test_do_not_reach_a_copy(self, model, written_before, how):
+        weight = table_of(model).weight
+        if written_before:
+            with torch.no_grad():
+                weight += 0.5
+            logits(model)
+        twin = copy.deepcopy(model)
+        before = logits(twin)
+        with torch.no_grad():
+            (weight.data if how == "data" else weight).mul_(2)
+        assert not torch.equal(logits(model), before)
+        assert torch.equal(logits(twin), before)
+
+    def test_a_copy_outlives_the_file_and_the_originals_table(self, model, checkpoint):
+        expected = logits(model)
+        (checkpoint / "model.safetensors").unlink()
+        twin = copy.deepcopy(model)
+        model.resize_token_embeddings(table_of(model).weight.shape[0] + 8)
+        logits(model)
+        assert torch.equal(logits(twin), expected)
+
+    def test_a_resized_table_is_saved_though_the_file_is_gone(self, model, checkpoint, tmp_path):
+        model.resize_token_embeddings(model.config.get_text_config().vocab_size + 8)
+        (checkpoint / "model.safetensors").unlink()
+        with torch.no_grad():
+            table_of(model).weight.data.mul_(1.5)
+        model.save_pretrained(tmp_path / "resized")
+        assert torch.equal(logits(stock(tmp_path / "resized")), logits(model))
+
+
+def test_of_two_tables_in_a_file_transformers_chooses(tmp_path, load_path):
+    teacher, student = (tiny_model("conditional", seed=seed) for seed in (1, 0))
+    tensors = {}
+    for name, network in (("teacher", teacher), ("student", student)):
+        network.save_pretrained(tmp_path)
+        loaded = load_file(tmp_path / "model.safetensors")
+        tensors |= {f"{name}.{key}": value for key, value in loaded.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    mapping = {r"^teacher\.": ""}
+    model = Gemma4ForConditionalGeneration.from_pretrained(tmp_path, key_mapping=mapping)
+    assert torch.equal(table_of(model).weight, table_of(teacher).weight)
+
+
+def test_pages_of_files_count_as_available_to_a_cgroup(monkeypatch):
+    gib = 1 << 30
+    files = {
+        "/proc/meminfo": f"MemAvailable: {60 * gib // 1024} kB",
+        "/sys/fs/cgroup/memory.max": f"{16 * gib}",
+        "/sys/fs/cgroup/memory.current": f"{12 * gib}",
+        "/sys/fs/cgroup/memory.stat": f"anon 1\ninactive_file {9 * gib}\nactive_file {gib}",
+    }
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert hostmemory._available_memory() == 14 * gib
+
+
 class TestHostTable:
     @pytest.fixture
     def table(self, tmp_path):
@@ -336,9 +426,8 @@ class TestHostTable:
             {"a": torch.ones(3), "x.embed_tokens_per_layer.weight": weight},
             tmp_path / "f.safetensors",
         )
-        return weight, find_tensor(
-            tmp_path / "f.safetensors", suffix="embed_tokens_per_layer.weight"
-        )
+        (found,) = find_tensors(tmp_path / "f.safetensors", suffix="embed_tokens_per_layer.weight")
+        return weight, found
 
     def test_rows_by_columns_from_a_file(self, table):
         weight, source = table
@@ -402,14 +491,14 @@ class TestHeaders:
     def test_places_outside_the_file_are_refused(self, tmp_path, entry):
         path = self.write(tmp_path / "f.safetensors", {"t.weight": entry})
         with pytest.raises(ValueError, match="damaged|malformed"):
-            find_tensor(path, suffix="t.weight")
+            find_tensors(path, suffix="t.weight")
 
     @pytest.mark.parametrize("raw", [b"", b"{}", b"\xff" * 16, struct.pack("<Q", 2**62) + b"{}"])
     def test_what_is_no_safetensors_file_is_said_so(self, tmp_path, raw):
         path = tmp_path / "f.safetensors"
         path.write_bytes(raw)
         with pytest.raises(ValueError, match="not a safetensors file"):
-            find_tensor(path, suffix="t.weight")
+            find_tensors(path, suffix="t.weight")
 
     def test_absent_tensor(self, tmp_path):
-        assert find_tensor(self.write(tmp_path / "f.safetensors", {}), suffix="t.weight") is None
+        assert find_tensors(self.write(tmp_path / "f.safetensors", {}), suffix="t.weight") == []

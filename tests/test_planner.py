@@ -455,6 +455,7 @@ def test_without_a_limit_everything_fits():
         ({"vram_gib": 0}, "vram_gib must be a positive, finite number of GiB, got 0"),
         ({"vram_gib": float("nan")}, "vram_gib must be a positive"),
         ({"vram_gib": float("inf")}, "vram_gib must be a positive, finite .* got inf"),
+        ({"vram_gib": 1e300}, "vram_gib must be a positive, finite .* got 1e.300"),
         ({"vram_gib": True}, "vram_gib must be .* got True"),
         ({"vram_gib": "8"}, "vram_gib must be .* got '8'"),
         ({"batch_size": 0}, "batch_size must be a whole number from 1 up, got 0"),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
@@ -152,6 +154,21 @@ class TestTable:
         assert not torch.equal(trained[1], start)
         moved = (trained[0] - start).norm()
         assert (trained[1] - trained[0]).norm() < 1e-3 * moved
+
+    def test_an_optimizer_made_before_the_trainer_trains_it_too(self, checkpoint, tmp_path, auto):
+        model = load(checkpoint)
+        start = model.get_per_layer_input_embeddings().weight.detach().clone()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        trainer = Trainer(
+            model=model,
+            args=config(tmp_path, TrainingArguments, max_steps=1),
+            train_dataset=[{k: v[0] for k, v in batch((9,), seed=i).items()} for i in range(2)],
+            optimizers=(optimizer, None),
+        )
+        trainer.train()
+        table = model.get_per_layer_input_embeddings().weight
+        assert any(table is p for group in optimizer.param_groups for p in group["params"])
+        assert not torch.equal(table, start)
 
     def test_modules_to_save_trains_a_copy_and_leaves_the_original(
         self, checkpoint, tmp_path, tokenizer, auto
@@ -358,6 +375,29 @@ def test_a_model_that_train_makes_anew_is_applied_too(tmp_path):
     reports = [patching.report_of(model) for model in (first, trainer.model)]
     assert all(reports) and reports[0] is not reports[1]
     assert reports[1].notes.keys() >= {"per-layer table", "towers", "gradient accumulation"}
+
+
+@pytest.mark.usefixtures("auto")
+def test_a_model_that_is_replaced_is_not_held(tmp_path):
+    made, alive = [], []
+
+    def model_init():
+        model = tiny_model("conditional", seed=0)
+        made.append(weakref.ref(model))
+        return model
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            gc.collect()
+            alive.extend(ref() is not None for ref in made)
+
+    Trainer(
+        model_init=model_init,
+        args=config(tmp_path, TrainingArguments, max_steps=1),
+        train_dataset=[{k: v[0] for k, v in batch((9,), seed=i).items()} for i in range(2)],
+        callbacks=[Look()],
+    ).train()
+    assert alive == [False, True]
 
 
 def test_a_compiled_model_has_its_trainer_seen_to(tmp_path):

@@ -61,9 +61,12 @@ def dataset(name: str) -> Dataset:
     rows = load_dataset("json", data_files=name, split="train")
 
     def absolute(row: dict) -> dict:
-        sounds = row["audio"] or []
-        paths = [sounds] if isinstance(sounds, str) else sounds
-        return {"audio": [str(folder / p) if isinstance(p, str) else p for p in paths]}
+        found = {}
+        for column in {"audio", "images"} & row.keys():
+            media = row[column] or []
+            paths = [media] if isinstance(media, str) else media
+            found[column] = [str(folder / p) if isinstance(p, str) else p for p in paths]
+        return found
 
     return rows.map(absolute)
 

@@ -54,7 +54,15 @@ def dataset(name: str) -> Dataset:
         return load_dataset(name, split="train")
     rows = load_dataset("json", data_files=name, split="train")
     folder = Path(name).resolve().parent
-    rows = rows.map(lambda row: {"images": [str(folder / path) for path in row["images"] or []]})
+    if "images" not in rows.column_names:
+        raise SystemExit(f"{name} has no column 'images'; sft_text.py is for text alone")
+
+    def absolute(row: dict) -> dict:
+        images = row["images"] or []
+        paths = [images] if isinstance(images, str) else images
+        return {"images": [str(folder / path) for path in paths]}
+
+    rows = rows.map(absolute)
     return rows.cast_column("images", Sequence(Image()))
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextAttention, Gemma4TextModel
 
 from gemma_accel.hookspecs import Patch
 from gemma_accel.kernels.attention import HEAD_SIZES, MAX_GROUP, attention, supported
@@ -41,7 +41,20 @@ from gemma_accel.patches.seams import Fused, Undoing
 
 __all__ = ["NAME", "attention_patch", "trained_on", "unpack", "warn_of_stock"]
 
-NAME = "gemma_accel"
+
+class _Name(str):
+    """The registered name, which a pickled config does not keep: without this package there is no
+    such attention.
+    """
+
+    def __reduce__(self) -> Any:
+        return str, ("sdpa",)
+
+    def __deepcopy__(self, memo: Any) -> _Name:
+        return self
+
+
+NAME = _Name("gemma_accel")
 _labels: ContextVar[Tensor | None] = ContextVar("labels", default=None)
 
 
@@ -77,8 +90,9 @@ def mask(
     dense mask.
     """
     fits = attention_mask is None or attention_mask.shape[1] == kv_length
-    padding = _padding(attention_mask) if attention_mask is not None and fits else None
-    reason = None
+    padding = reason = None
+    if attention_mask is not None and fits:
+        padding = _padding(attention_mask, _labels.get())
     if use_vmap:
         reason = "the mask function is somebody's own"
     elif q_length != kv_length:
@@ -88,7 +102,7 @@ def mask(
     elif config is not None:
         reason = _config_refused(config, torch.device(device), kwargs.get("dtype"))
     if reason is None and padding is not None and not padding.none:
-        reason = padding.refused(q_length) or _labelled(attention_mask)
+        reason = padding.refused(q_length)
     if reason is not None:
         if torch.is_grad_enabled():
             warn_of_stock(reason)
@@ -172,6 +186,7 @@ class _Padding(NamedTuple):
     none: bool
     at_ends: bool
     last_is_token: bool
+    labelled: bool
 
     def refused(self, length: int) -> str | None:
         """Why segments do not describe it.
@@ -183,32 +198,25 @@ class _Padding(NamedTuple):
         """
         if not self.at_ends:
             return "the attention mask has holes in the middle of a row"
+        if self.labelled:  # stock lets padding see the row's tokens
+            return "padding has labels, and is trained on; set them to -100 if that is not meant"
         if self.last_is_token or torch.is_grad_enabled() or length > 4096:
             return None
         return "padding on the right, and no gradient is asked for"
 
 
-def _padding(mask: Tensor) -> _Padding:
-    """Looks at a mask [B, T] in one wait for the device (stock waits too, to see whether all is
-    ones).
+def _padding(mask: Tensor, labels: Tensor | None) -> _Padding:
+    """Looks at a mask [B, T] and its labels in one wait for the device (stock waits too, to see
+    whether all is ones).
     """
     valid = mask != 0
     borders = (valid[:, 1:] != valid[:, :-1]).sum(-1) + valid[:, 0].int()
-    return _Padding(*torch.stack((valid.all(), (borders <= 2).all(), valid[:, -1].all())).tolist())
-
-
-def _labelled(mask: Any) -> str | None:
-    """Why a padded batch [B, T] needs stock's mask for its labels' sake.
-
-    Stock lets padding see the row's tokens, segments let it see nothing. That is the same unless
-    the loss asks what padding predicts.
-    """
-    labels = _labels.get()
-    if labels is None or labels.shape != mask.shape:
-        return None
-    if not bool(((mask == 0) & (labels != -100)).any()):
-        return None
-    return "padding has labels, and is trained on; set them to -100 there if that is not meant"
+    found = [valid.all(), (borders <= 2).all(), valid[:, -1].all()]
+    if labels is not None and labels.shape == mask.shape:
+        found.append((~valid & (labels.to(mask.device) != -100)).any())
+    else:
+        found.append(torch.zeros_like(found[0]))
+    return _Padding(*torch.stack(found).tolist())
 
 
 def _positions(mask_function: Any, batch_size: int, length: int, device: Any) -> Tensor:
@@ -303,20 +311,29 @@ class AttentionPatch(Patch):
     def install(self, module: Any) -> Undoing:
         ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, mask)
-        config = module.config
-        before = config._attn_implementation_internal
-        config._attn_implementation_internal = NAME
+        configs = _configs(module)
+        for config in configs:
+            config._attn_implementation_internal = NAME
 
         def obstacle() -> str | None:
-            now = config._attn_implementation_internal
-            if now not in (NAME, before):
-                return f"attn_implementation was set to {now!r} since"
+            for config in configs:
+                if (now := config._attn_implementation_internal) not in (NAME, "sdpa"):
+                    return f"attn_implementation was set to {now!r} since"
             return None
 
         def run() -> None:
-            config._attn_implementation_internal = before if before != NAME else "sdpa"
+            for config in configs:
+                config._attn_implementation_internal = "sdpa"
 
         return Undoing(run, obstacle)
+
+
+def _configs(text: Any) -> list[Any]:
+    """The text model's, and those of copies that PEFT has made of a layer or its attention
+    (`modules_to_save`).
+    """
+    attentions = (m for m in text.modules() if isinstance(m, Gemma4TextAttention))
+    return list({id(m.config): m.config for m in (text, *attentions)}.values())
 
 
 attention_patch = AttentionPatch()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4AudioAttention,
     Gemma4AudioCausalConv1d,
@@ -21,7 +21,6 @@ from transformers.models.gemma4.modeling_gemma4 import (
     Gemma4AudioLayer,
     Gemma4AudioLightConv1d,
     Gemma4AudioModel,
-    Gemma4RMSNorm,
 )
 
 from gemma_accel.hookspecs import Patch, hookimpl
@@ -42,6 +41,7 @@ from gemma_accel.patches.clipped import (
     watched,
 )
 from gemma_accel.patches.dtypes import why_not_dtype
+from gemma_accel.patches.norms import are_norms
 from gemma_accel.patches.seams import ClassSwap, Fused
 
 __all__ = [
@@ -63,10 +63,6 @@ def _bounds(module: Any, x: Tensor) -> Range:
 def _within(first: Range, second: Range) -> Range:
     """One clamp for two, one after the other, whose ranges overlap."""
     return Range(max(first.low, second.low), min(first.high, second.high))
-
-
-def _are_norms(*norms: nn.Module) -> bool:
-    return all(isinstance(norm, Gemma4RMSNorm) for norm in norms)
 
 
 class FusedGemma4AudioAttention(Fused, Gemma4AudioAttention):
@@ -141,7 +137,7 @@ class FusedGemma4AudioFeedForward(Fused, Gemma4AudioFeedForward):
     def forward(self, hidden_states: Tensor) -> Any:
         own = self.ffw_layer_1, self.ffw_layer_2
         before, after = self.pre_layer_norm, self.post_layer_norm
-        if watched(*own) or not _are_norms(before, after):
+        if watched(*own) or not are_norms(before, after):
             return super().forward(hidden_states)
         first, second = held(self, own, hidden_states.dtype)
         x = clip_norm(
@@ -195,7 +191,7 @@ class FusedGemma4AudioLightConv1d(Fused, Gemma4AudioLightConv1d):
         return (
             type(self.depthwise_conv1d) is Gemma4AudioCausalConv1d
             and not self.depthwise_conv1d._forward_hooks
-            and _are_norms(self.pre_layer_norm, self.conv_norm)
+            and are_norms(self.pre_layer_norm, self.conv_norm)
             and not watched(*self._own())
         )
 
@@ -257,7 +253,7 @@ class FusedGemma4AudioLayer(Fused, Gemma4AudioLayer):
             and isinstance(conv, FusedGemma4AudioLightConv1d)
             and attention.joins()
             and conv.joins()
-            and _are_norms(*norms)
+            and are_norms(*norms)
             and self.norm_post_attn.eps == conv.pre_layer_norm.eps  # one launch takes both
         )
 

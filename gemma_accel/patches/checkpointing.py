@@ -33,6 +33,7 @@ from gemma_accel.memory import (
     loss_bytes,
     mlp_schedule,
 )
+from gemma_accel.patches.dropout import draws
 from gemma_accel.patches.graphs import StackGraphs
 from gemma_accel.patches.lm_head import set_head_tile
 from gemma_accel.patches.offload import OffloadedInputs
@@ -220,25 +221,23 @@ class MemoryPolicy:
         layer: Any,
         stock: Callable[..., Any],
         forward: Callable[..., Any],
-        hidden: Tensor,
-        *rest: Any,
+        *inputs: Any,
     ) -> Any:
         """``forward(hidden, *rest)`` of ``layer`` in the mode chosen for it; ``stock`` is
         Transformers' checkpoint function.
         """
-        if self.budget is None or not _is_plain(stock):
-            return stock(forward, hidden, *rest)
+        if self.budget is None or not inputs or not _is_plain(stock):
+            return stock(forward, *inputs)
+        hidden, *rest = inputs
         chosen = self.arrangement(hidden)
         mode = chosen.modes[layer.layer_idx]
         if layer.layer_idx == 0:
             set_head_tile(chosen.head_tile)
             self._inputs.begin()
-        mlp = layer.mlp
-        mlp.keep, mlp.tile = mlp_schedule(mode, hidden.shape[0] * hidden.shape[1])
-        layer.self_attn.groups = head_groups(mode, self.shapes[layer.layer_idx].heads)
+        forward = self._scheduled(layer, forward, mode, hidden.shape[0] * hidden.shape[1])
         # no random numbers are drawn in a layer without dropout: their state need not be saved and
         # put back around every one
-        again = functools.partial(stock, preserve_rng_state=_draws(layer))
+        again = functools.partial(stock, preserve_rng_state=draws(layer))
         if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP) or not _has_backward(layer, hidden):
             out = forward(hidden, *rest)
         elif mode in AWAY and hidden.is_cuda and not _stays(hidden, *rest):
@@ -250,6 +249,22 @@ class MemoryPolicy:
         if layer.layer_idx == len(self.shapes) - 1:
             self._inputs.settle()
         return out
+
+    def _scheduled(
+        self, layer: Any, forward: Callable[..., Any], mode: Mode, tokens: int
+    ) -> Callable[..., Any]:
+        """``forward`` as this mode has the layer's blocks run; in its replay too, whatever batch
+        went through the layer meanwhile.
+        """
+        keep, tile = mlp_schedule(mode, tokens)
+        groups = head_groups(mode, self.shapes[layer.layer_idx].heads)
+
+        def run(*inputs: Any) -> Any:
+            layer.mlp.keep, layer.mlp.tile = keep, tile
+            layer.self_attn.groups = groups
+            return forward(*inputs)
+
+        return run
 
 
 def _key(hidden: Tensor) -> tuple[int, ...]:
@@ -264,17 +279,6 @@ def _has_backward(layer: Any, hidden: Tensor) -> bool:
 def _stays(hidden: Tensor, per_layer_input: Any = None, *_: Any) -> bool:
     """Whether a layer's input is the embeddings, which every layer reads: on the device anyway."""
     return isinstance(per_layer_input, LayerInput) and per_layer_input.reads(hidden)
-
-
-def _draws(layer: Any) -> bool:
-    """Whether the layer has dropout, its adapters' included; looked up once, at its first
-    recomputed forward.
-    """
-    found = vars(layer).get("_gemma_accel_draws")
-    if found is None:
-        found = any(isinstance(m, nn.Dropout) and m.p > 0 for m in layer.modules())
-        layer._gemma_accel_draws = found
-    return found
 
 
 def _is_plain(stock: Any) -> bool:

@@ -28,7 +28,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 from gemma_accel.hookspecs import Patch, Undo
 from gemma_accel.kernels.clip import EVERYTHING, Range, clip
 from gemma_accel.patches.projections import project_modules
-from gemma_accel.patches.seams import ClassSwap, Fused, Undoing, set_attribute
+from gemma_accel.patches.seams import ClassSwap, Fused, Undoing, is_watched, set_attribute
 
 __all__ = [
     "FusedGemma4ClippableLinear",
@@ -124,11 +124,7 @@ def watched(*linears: Any) -> bool:
     """Whether any of these is not just a clipped linear: replaced, or with a hook or forward of its
     own. Then it must be called as a module."""
     return any(
-        not isinstance(linear, Gemma4ClippableLinear)
-        or linear._forward_hooks
-        or linear._forward_pre_hooks
-        or "forward" in vars(linear)
-        for linear in linears
+        not isinstance(linear, Gemma4ClippableLinear) or is_watched(linear) for linear in linears
     )
 
 

@@ -30,10 +30,12 @@ from gemma_accel.kernels.geglu import geglu
 from gemma_accel.kernels.norm_add import norm_add
 from gemma_accel.kernels.qk_norm_rope import qkv_norm_rope
 from gemma_accel.kernels.rms_norm import rms_norm
+from gemma_accel.patches.dropout import draws
 from gemma_accel.patches.dtypes import why_not_dtype
 from gemma_accel.patches.head_groups import attend_in_groups, readable_by_heads, rotary_pairs
+from gemma_accel.patches.norms import are_norms
 from gemma_accel.patches.per_layer import LayerInput
-from gemma_accel.patches.seams import ClassSwap, Fused
+from gemma_accel.patches.seams import ClassSwap, Fused, is_watched
 
 __all__ = [
     "FusedGemma4TextAttention",
@@ -164,12 +166,10 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
             shared_kv_states[self.layer_type] = keys
 
     def _norms_are_stock(self) -> bool:
-        """False once PEFT has wrapped a norm (`modules_to_save`, LN tuning): its own forward must
-        run then.
+        """False once a norm is wrapped (by PEFT's `modules_to_save`, LN tuning) or watched: its own
+        forward must run then.
         """
-        return isinstance(self.q_norm, Gemma4RMSNorm) and (
-            self.is_kv_shared_layer or isinstance(self.k_norm, Gemma4RMSNorm)
-        )
+        return are_norms(self.q_norm) and (self.is_kv_shared_layer or are_norms(self.k_norm))
 
     def _qkv(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor
@@ -214,7 +214,7 @@ class FusedGemma4TextMLP(Fused, Gemma4TextMLP):
     tile: int | None = 8192
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project.gated_mlp(self, x)
+        return super().forward(x) if is_watched(self.act_fn) else self.project.gated_mlp(self, x)
 
 
 def _why_not_mlp(mlp: Gemma4TextMLP) -> str | None:
@@ -267,7 +267,7 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         kwargs[CACHE] = kwargs.pop("past_key_values", cache)
-        if not self._norms_are_stock():
+        if not self._norms_are_stock() or self.layer_scalar.requires_grad:
             if isinstance(per_layer_input, LayerInput):
                 per_layer_input = per_layer_input.tensor()
             return super().forward(
@@ -288,7 +288,8 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         }
         if getattr(self.self_attn, "groups", 1) > 1 and torch.is_grad_enabled():
             # in parts: each half is replayed when its own backward comes
-            again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+            random = draws(self)
+            again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=random)
             hidden_states = again(self._attended, hidden_states, context)
             return again(self._fed, hidden_states, None, per_layer_input)
         next_norm = self.pre_feedforward_layernorm.weight
@@ -331,9 +332,8 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
 
     def _norms_are_stock(self) -> bool:
         norms = (getattr(self, name) for name in _LAYER_NORMS)
-        return all(isinstance(norm, Gemma4RMSNorm) for norm in norms) and (
-            not self.hidden_size_per_layer_input
-            or isinstance(self.post_per_layer_input_norm, Gemma4RMSNorm)
+        return are_norms(*norms) and (
+            not self.hidden_size_per_layer_input or are_norms(self.post_per_layer_input_norm)
         )
 
 

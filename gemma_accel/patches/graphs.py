@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding, LayerInput, PerLayerInputs
 from gemma_accel.patches.projections import as_projection
+from gemma_accel.patches.seams import is_watched
 
 __all__ = ["StackGraphs"]
 
@@ -267,7 +268,7 @@ class _Modules:
         self._sizes = [len(owner) for owner in self._owners]
         self._places = [(owner, name) for owner in self._owners for name in owner]
         self._members = [owner[name] for owner, name in self._places]
-        self._variables = [vars(m) for m in modules]
+        self._all = modules
         self._parameters = [p for p in self._members if isinstance(p, nn.Parameter)]
         self._adapted = [m for m in modules if isinstance(m, LoraLayer)]
         self._dropouts = [m for m in modules if isinstance(m, nn.Dropout)]
@@ -292,10 +293,7 @@ class _Modules:
 
     def hooked(self) -> bool:
         """Whether somebody watches one, or runs something else in place of its forward."""
-        return any(
-            v["_forward_hooks"] or v["_forward_pre_hooks"] or v["_backward_hooks"] or "forward" in v
-            for v in self._variables
-        )
+        return any(map(is_watched, self._all))
 
 
 _found: weakref.WeakKeyDictionary[nn.Module, _Modules] = weakref.WeakKeyDictionary()
@@ -440,6 +438,8 @@ class StackGraphs:
         mask = kwargs.get("attention_mask")
         cache = kwargs.get("cache", kwargs.get("past_key_values"))
         if cache is not None or (mask is not None and mask.dtype != torch.int32):
+            return None
+        if text.config.attention_dropout:
             return None
         if any(
             kwargs.get(name)

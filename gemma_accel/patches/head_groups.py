@@ -21,6 +21,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 
 from gemma_accel.kernels.lora import Projection, project
 from gemma_accel.kernels.qk_norm_rope import qkv_norm_rope
+from gemma_accel.patches.dropout import draws
 from gemma_accel.patches.projections import as_projection
 
 __all__ = ["attend_in_groups", "readable_by_heads", "rotary_pairs"]
@@ -64,7 +65,7 @@ def attend_in_groups(
     [B, K, T, H].
     """
     heads = attention.config.num_attention_heads
-    each = heads // attention.groups
+    each, random = heads // attention.groups, draws(attention)
     total = None
     for first in range(0, heads, each):
 
@@ -74,7 +75,7 @@ def attend_in_groups(
             )
 
         part = checkpoint(
-            group, hidden_states, *keys, use_reentrant=False, preserve_rng_state=False
+            group, hidden_states, *keys, use_reentrant=False, preserve_rng_state=random
         )
         total = part if total is None else total + part
     assert total is not None

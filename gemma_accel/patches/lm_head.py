@@ -68,13 +68,37 @@ class _Logits:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tensor(), name)
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.tensor()[key]
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(cls, lambda each: each.tensor(), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _of_the_tensor(name: str) -> Callable[..., Any]:
+    def method(self: _Logits, *args: Any) -> Any:
+        return getattr(self.tensor(), name)(*args)
+
+    return method
+
+
+# Python looks these up in the class
+_OPERATORS = (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+)
+_OTHERS = ("neg", "pos", "abs", "invert", "lt", "le", "gt", "ge", "eq", "ne", "len", "iter")
+for _name in (*_OPERATORS, *(f"r{name}" for name in _OPERATORS), *_OTHERS, "getitem", "array"):
+    setattr(_Logits, f"__{_name}__", _of_the_tensor(f"__{_name}__"))
+_Logits.__hash__ = object.__hash__  # type: ignore[method-assign]
 
 
 class _LossOutput(Gemma4CausalLMOutputWithPast):
@@ -184,11 +208,18 @@ class _Headed:
 def _logits(model: Any, hidden: torch.Tensor) -> _Logits:
     """Stock's logits, later: of the same hidden states, under the autocast of now."""
     head = model.get_output_embeddings()
+    version = head.weight._version
     cap = model.config.get_text_config().final_logit_softcapping
     device = hidden.device.type
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
     def compute() -> torch.Tensor:
+        if head.weight._version != version:
+            raise RuntimeError(
+                "outputs.logits are read after the head that makes them was changed, by an "
+                "optimizer step perhaps; they would be no model's. Read them before it, or run the "
+                "model in eval mode for them."
+            )
         with torch.enable_grad(), torch.autocast(device, dtype, enabled):
             logits: torch.Tensor = head(hidden)
             return logits if cap is None else torch.tanh(logits / cap) * cap

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma4.modeling_gemma4 import (
-    Gemma4RMSNorm,
     Gemma4TextDecoderLayer,
     Gemma4TextModel,
     Gemma4TextScaledWordEmbedding,
 )
 
-from gemma_accel.hostmemory import FileSlice, HostTable, Rows, host_empty
+from gemma_accel.hostmemory import FileSlice, HostTable, Rows, StaleFileError, host_empty
 from gemma_accel.kernels.ple import gather_rows, ple_gate
 from gemma_accel.patches.dtypes import why_not_dtype
+from gemma_accel.patches.norms import are_norms
 from gemma_accel.patches.projections import project_rows, rows_apart
 from gemma_accel.patches.seams import ClassSwap, Fused
 
@@ -41,6 +41,22 @@ __all__ = [
     "bring_table_back",
     "settle_table",
 ]
+
+
+_plain_data: Any = vars(torch._C.TensorBase)["data"]
+
+
+class _TableWeight(nn.Parameter):
+    """The table as a Parameter, in which a write through ``.data`` shows.
+
+    PEFT merges that way, and so are new tokens' rows often initialised: ``_version`` does not count
+    it on an ordinary one. It pickles as an ordinary one.
+    """
+
+    def _set(self, value: Tensor) -> None:
+        _plain_data.__set__(self, value)
+
+    data: Any = property(Tensor.detach, _set)  # detached, it shares the version
 
 
 class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
@@ -58,7 +74,7 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
     def bind(self, source: FileSlice | Tensor, *, requires_grad: bool) -> None:
         """Take the table from ``source``, a checkpoint's slice or a CPU tensor [rows, columns]."""
         self.host = HostTable(source)
-        weight = nn.Parameter(self.host.tensor(), requires_grad=requires_grad)
+        weight = _TableWeight(self.host.tensor(), requires_grad=requires_grad)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers: do not initialise it
         self._parameters["weight"] = weight
         self._bound = (weight.data_ptr(), weight._version)
@@ -67,14 +83,20 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
 
     def fetch(self, ids: Tensor) -> Rows:
         """The rows of ``ids``; their columns are read when a layer asks."""
-        weight = self.weight
+        return self._table().fetch(ids)
+
+    def _table(self) -> HostTable:
+        """What is the table now: where somebody wrote into the parameter or gave it other data (a
+        resized vocabulary, a strict load), that.
+        """
         assert self.host is not None
-        if (weight.data_ptr(), weight._version) != self._bound:
-            # somebody wrote into the parameter or gave it other data (a resized vocabulary, a
-            # strict load): that is the table now
+        if not self._is_as_bound():
             self.host.close()
-            self.bind(weight.detach(), requires_grad=weight.requires_grad)
-        return self.host.fetch(ids)
+            self.bind(self.weight.detach(), requires_grad=self.weight.requires_grad)
+        return self.host
+
+    def _is_as_bound(self) -> bool:
+        return (self.weight.data_ptr(), self.weight._version) == self._bound
 
     def forward(self, input_ids: Tensor) -> Tensor:
         rows = self.fetch(input_ids).columns(0, self.embedding_dim).to(self._output_dtype)
@@ -98,15 +120,14 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
         for_adapters = prefix.startswith("base_model.")
         if self.host is not None:
             # before its pages are copied into somebody's checkpoint
-            self.host.check(name_too=not for_adapters)
+            self._table().check(name_too=not for_adapters)
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.host is not None and not keep_vars and not for_adapters:
             destination[prefix + "weight"] = self._as_it_comes_out()
 
     def __getstate__(self) -> dict[str, Any]:
         """A pickle holds the table itself, as a stock one does: neither file nor locked memory."""
-        assert self.host is not None
-        self.host.check(name_too=False)
+        self._table().check(name_too=False)
         own = ("host", "_bound", "_output_dtype")
         state = {name: value for name, value in self.__dict__.items() if name not in own}
         weight = nn.Parameter(self._as_it_comes_out(), requires_grad=self.weight.requires_grad)
@@ -130,7 +151,7 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
                 key: value for key, value in state_dict.items() if key != prefix + "weight"
             }
             state_dict[prefix + "weight"] = self.weight
-            as_bound = (self.weight.data_ptr(), self.weight._version) == self._bound
+            as_bound = self._is_as_bound()
             super()._load_from_state_dict(state_dict, prefix, *args)
             if as_bound:  # loading it into itself counted as a write and changed nothing
                 self._bound = (self.weight.data_ptr(), self.weight._version)
@@ -145,15 +166,22 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
         return all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in parts)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostPerLayerEmbedding:
-        """A copy shares the table's memory (it is never written) but has a Parameter of its own."""
+        """A copy reads the same file, where the table is one's; what is written to either is not
+        the other's.
+        """
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
         shared = {k: v for k, v in self.__dict__.items() if k not in ("_parameters", "_buffers")}
         twin.__dict__.update(shared)
         twin._buffers = {k: None if v is None else v.clone() for k, v in self._buffers.items()}
-        weight = nn.Parameter(self.weight.data, requires_grad=self.weight.requires_grad)
-        memo[id(self.weight)] = weight
-        twin._parameters = {"weight": weight}
+        twin._parameters = {"weight": None}
+        source = self._table().source
+        try:
+            own = source if isinstance(source, FileSlice) else source.clone()
+            twin.bind(own, requires_grad=self.weight.requires_grad)
+        except StaleFileError:  # deleted, but open here
+            twin.bind(self.weight.detach().clone(), requires_grad=self.weight.requires_grad)
+        memo[id(self.weight)] = twin.weight
         return twin
 
 
@@ -300,7 +328,7 @@ class FusedGemma4TextModel(Fused, Gemma4TextModel):
         self, input_ids: Tensor | None, inputs_embeds: Tensor | None = None
     ) -> Any:
         table = self.embed_tokens_per_layer
-        if input_ids is None or not isinstance(self.per_layer_projection_norm, Gemma4RMSNorm):
+        if input_ids is None or not are_norms(self.per_layer_projection_norm):
             return super().get_per_layer_inputs(input_ids, inputs_embeds)
         known = type(table) in (Gemma4TextScaledWordEmbedding, HostPerLayerEmbedding)
         if not known or (table.weight.requires_grad and torch.is_grad_enabled()):
@@ -376,10 +404,10 @@ def bring_table_back(model: Gemma4TextModel, device: torch.device | None) -> Non
 
 
 def _bring_back(table: Any, device: torch.device) -> None:
-    table.host.check()  # reading pages of a file that was cut short would end the process
+    table._table().check()  # reading pages of a file that was cut short would end the process
     weight = torch.empty(table.weight.shape, dtype=table._output_dtype, device=device)
     weight.copy_(table.weight.detach())
-    table._parameters["weight"] = nn.Parameter(weight, requires_grad=table.weight.requires_grad)
+    table.weight.data = weight  # the same Parameter: an optimizer may have it already
     table.host.close()
     for name in ("host", "_bound", "_output_dtype"):
         table.__dict__.pop(name, None)

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 
 from gemma_accel.kernels.lora import Projection, project
 from gemma_accel.kernels.nf4 import nf4_refusal, nf4_weight
+from gemma_accel.patches.seams import is_watched
 
 __all__ = ["as_projection", "project_modules", "project_rows", "read_all", "rows_apart"]
+
+
+_WATCHED = "somebody watches the layer by a hook, or bound another forward to it"
 
 
 def read_all(linears: Sequence[nn.Module], x: Tensor) -> list[Projection] | None:
@@ -29,7 +33,13 @@ def read_all(linears: Sequence[nn.Module], x: Tensor) -> list[Projection] | None
         if isinstance(projection, str):
             return None
         projections.append(projection)
+    if len(_adapter_dtypes(projections)) > 1 and not torch.is_autocast_enabled(x.device.type):
+        return None  # PEFT casts for each by itself
     return projections
+
+
+def _adapter_dtypes(projections: Sequence[Projection]) -> set[torch.dtype]:
+    return {x.dtype for p in projections for x in (p.lora_a, p.lora_b) if x is not None}
 
 
 def project_modules(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
@@ -69,8 +79,8 @@ def as_projection(linear: nn.Module, x: Tensor | None = None) -> Projection | st
     base = _base(linear.base_layer, x)
     if isinstance(base, str):
         return base
-    if linear._forward_hooks or linear._forward_pre_hooks:
-        return "a hook watches the layer"
+    if is_watched(linear):
+        return _WATCHED
     if linear.disable_adapters:
         return "adapters are disabled while merged" if linear.merged else Projection(*base)
     if linear.merged:
@@ -85,11 +95,12 @@ def as_projection(linear: nn.Module, x: Tensor | None = None) -> Projection | st
 
 def _base(linear: nn.Module, x: Tensor | None) -> tuple[Any, Any] | str:
     """Weight and bias of an unadapted layer."""
-    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear):
-        return "a hook watches the layer"
-    if type(linear) is nn.Linear:
+    if is_watched(linear):
+        return _WATCHED
+    if type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor):
         return linear.weight, linear.bias
-    if type(linear).__name__ == "Linear4bit":
+    # bitsandbytes', not the class of that name which some PEFT methods have
+    if type(linear).__name__ == "Linear4bit" and not hasattr(linear, "base_layer"):
         if refusal := nf4_refusal(linear.weight):
             return refusal
         computes = linear.compute_dtype if linear.compute_type_is_set else None
@@ -107,11 +118,15 @@ def _adapted(linear: Any, name: str, base: tuple[Any, Any]) -> Projection | str:
     if linear.lora_variant.get(name) is not None or getattr(linear, "use_dora", {}).get(name):
         return "the adapter is a LoRA variant (DoRA, aLoRA, ...)"
     dropout = linear.lora_dropout[name]
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"lora_dropout is a {type(dropout).__name__}"
     if dropout.training and getattr(dropout, "p", 0.0) > 0.0:
         return f"lora_dropout is {dropout.p}"
     lora_a, lora_b = linear.lora_A[name], linear.lora_B[name]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
         return f"the adapter's factors are {type(lora_a).__name__}"  # AdaLoRA's are a Parameter
+    if is_watched(lora_a) or is_watched(lora_b) or is_watched(dropout):
+        return _WATCHED
     if lora_b.bias is not None or lora_a.bias is not None:
         return "the adapter has a bias (lora_bias)"
     return Projection(*base, lora_a.weight, lora_b.weight, linear.scaling[name])

@@ -13,7 +13,21 @@ from torch import nn
 from gemma_accel.errors import RestoreError
 from gemma_accel.hookspecs import Patch
 
-__all__ = ["ClassSwap", "Fused", "Undoing", "set_attribute", "swap_class"]
+__all__ = ["ClassSwap", "Fused", "Undoing", "is_watched", "set_attribute", "swap_class"]
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody watches the module by a hook, or runs something else in place of its
+    forward: then it must be called as a module, and not be read.
+    """
+    v = vars(module)
+    return bool(
+        v["_forward_hooks"]
+        or v["_forward_pre_hooks"]
+        or v["_backward_hooks"]
+        or v["_backward_pre_hooks"]
+        or "forward" in v
+    )
 
 
 class Undoing:

@@ -106,8 +106,14 @@ _PARKED = _Parked()
 
 def _apply(tower: Any, fn: Any, recurse: bool = True) -> nn.Module:
     """`model.to(device)` passes a parked tower by; a change of dtype does not."""
-    probe = fn(torch.empty(0))
-    return tower if probe.device.type != "cpu" else type(tower)._apply(tower, fn, recurse)
+    probe = fn(torch.empty(0, device="cpu", dtype=next(tower.parameters()).dtype))
+    if probe.device.type == "cpu":
+        return type(tower)._apply(tower, fn, recurse)
+    return type(tower)._apply(tower, lambda x: _cast(x, probe.dtype), recurse)
+
+
+def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _call_impl(tower: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gemma4.modeling_gemma4 import (
-    Gemma4RMSNorm,
     Gemma4VisionAttention,
     Gemma4VisionEncoderLayer,
     Gemma4VisionMLP,
@@ -47,6 +46,7 @@ from gemma_accel.patches.clipped import (
     watched,
 )
 from gemma_accel.patches.dtypes import why_not_dtype
+from gemma_accel.patches.norms import are_norms
 from gemma_accel.patches.seams import ClassSwap, Fused
 
 __all__ = [
@@ -121,7 +121,7 @@ class FusedGemma4VisionAttention(Fused, Gemma4VisionAttention):
     def joins(self) -> bool:
         """Whether the modules inside are what their ops stand in for: PEFT and hooks may differ."""
         norms = self.q_norm, self.k_norm, self.v_norm
-        return all(isinstance(norm, Gemma4RMSNorm) for norm in norms) and not watched(*self._own())
+        return are_norms(*norms) and not watched(*self._own())
 
     def takes(self, x: Tensor) -> Range:
         """Where a layer is to hold this block's input, in the dtype of ``x``."""
@@ -255,7 +255,7 @@ class FusedGemma4VisionEncoderLayer(Fused, Gemma4VisionEncoderLayer):
             and isinstance(mlp, FusedGemma4VisionMLP)
             and attention.joins()
             and mlp.joins()
-            and all(isinstance(norm, Gemma4RMSNorm) for norm in norms)
+            and are_norms(*norms)
         )
 
 

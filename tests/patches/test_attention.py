@@ -4,8 +4,13 @@ instead.
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn.utils.rnn import pad_sequence
 from transformers.integrations import sdpa_attention
 
 import gemma_accel
@@ -222,3 +227,81 @@ def test_restore_puts_sdpa_back_and_other_towers_never_lose_theirs():
     report.restore()
     assert model.model.language_model.config._attn_implementation == "sdpa"
     assert patch.NAME not in str(model.config.to_dict())
+
+
+@pytest.mark.usefixtures("references")
+@pytest.mark.parametrize("part", ["self_attn", "layers.1"])
+@pytest.mark.parametrize("lengths", [(23, 23), (23, 17)])
+def test_a_copy_that_peft_made_before_attends_alike(part, lengths):
+    """`modules_to_save` copies a module, and its config with it."""
+    results = []
+    for applied in (False, True):
+        model = tiny_model("causal", towers=False)
+        config = LoraConfig(r=4, target_modules=["down_proj"], modules_to_save=[part])
+        peft = get_peft_model(model, config)
+        if applied:
+            report = gemma_accel.apply(peft)
+        peft(**batch(lengths)).loss.backward()
+        results.append({n: p.grad for n, p in peft.named_parameters() if p.grad is not None})
+    stock, ours = results
+    assert stock.keys() == ours.keys()
+    assert all((ours[n] - g).norm() < 1e-3 * g.norm() for n, g in stock.items() if g.any())
+    report.restore()
+    kinds = {
+        m.config._attn_implementation
+        for m in peft.modules()
+        if hasattr(m, "layer_idx") and hasattr(m, "config")
+    }
+    assert kinds == {"sdpa"}
+
+
+@pytest.mark.usefixtures("references", "trl_on_the_cpu")
+def test_padding_that_trl_trains_on_sees_the_row_as_in_stock(tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from tests.test_callback import tokenizer
+
+    def labelled(rows):
+        ids = pad_sequence([torch.tensor(row["input_ids"]) for row in rows], True, 0)
+        mask = pad_sequence([torch.ones(len(row["input_ids"])) for row in rows], True, 0).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+
+    losses = []
+    for applied in (False, True):
+        model = tiny_model("conditional", towers=False)
+        if applied:
+            gemma_accel.apply(model)
+        trainer = SFTTrainer(
+            model=model,
+            args=SFTConfig(
+                output_dir=str(tmp_path),
+                max_steps=1,
+                use_cpu=True,
+                bf16=False,
+                report_to="none",
+                logging_steps=1,
+                per_device_train_batch_size=2,
+                remove_unused_columns=False,
+                dataset_kwargs={"skip_prepare_dataset": True},
+                disable_tqdm=True,
+            ),
+            data_collator=labelled,
+            train_dataset=Dataset.from_list(
+                [{"input_ids": list(range(3, 3 + n))} for n in (30, 5)]
+            ),
+            processing_class=tokenizer(),
+        )
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.usefixtures("references")
+def test_a_pickled_model_attends_as_stock():
+    model = tiny_model("causal", towers=False)
+    gemma_accel.apply(model)
+    pickled = pickle.dumps(model)
+    assert pickle.loads(pickled).config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == copy.deepcopy(model).config._attn_implementation
+    assert model.config._attn_implementation == "gemma_accel"

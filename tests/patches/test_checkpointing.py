@@ -9,7 +9,7 @@ import gc
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 
 import gemma_accel
@@ -398,3 +398,99 @@ def test_an_offloaded_input_leaves_the_gpu():
         gc.collect()
     of_four_layers = 4 * 2 * 400 * 256 * 4  # the first one's is what every layer reads: it stays
     assert held[Mode.RECOMPUTE] - held[Mode.OFFLOAD] >= 0.9 * of_four_layers
+
+
+@pytest.mark.usefixtures("references")
+class TestRandomness:
+    """What is drawn in the forward is drawn again in a replay."""
+
+    @pytest.mark.parametrize("mode", [m for m in Mode if m not in (Mode.KEEP, Mode.RECOMPUTE_MLP)])
+    @pytest.mark.parametrize("where", ["adapters", "attention", "a second adapter"])
+    def test_dropout(self, mode, where):
+        changes = {"attention_dropout": 0.2} if where == "attention" else {}
+        results = []
+        for applied in (False, True):
+            model = tiny_model("causal", towers=False, **changes)
+            dropout = 0.2 if where == "adapters" else 0.0
+            config = dict(r=4, target_modules=LANGUAGE, init_lora_weights=False)
+            torch.manual_seed(1)
+            peft = get_peft_model(model, LoraConfig(lora_dropout=dropout, **config))
+            if applied:
+                gemma_accel.apply(peft, vram_gib=1.0)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                force(model, [mode] * 5)
+            if where == "a second adapter":
+                gradients(peft, batch())
+                torch.manual_seed(2)
+                peft.add_adapter("second", LoraConfig(lora_dropout=0.2, **config))
+                peft.set_adapter("second")
+            torch.manual_seed(3)
+            results.append(gradients(peft.train(), batch()))
+        (loss, expected), (ours, grads) = results
+        if mode not in IN_PARTS:  # heads one by one draw in another order
+            assert ours == pytest.approx(loss, rel=1e-5)
+            assert max(relative(grads[n], expected[n]) for n in expected) < 1e-3
+            return
+        # the gradient is that of the loss which the same masks give: along it the loss falls
+        again = {n: p for n, p in peft.named_parameters() if p.requires_grad}
+        step = 1e-3 / sum(g.square().sum() for g in grads.values())  # the loss falls by 0.001
+        with torch.no_grad():
+            for name, gradient in grads.items():
+                again[name] -= step * gradient
+        torch.manual_seed(3)
+        moved = gradients(peft, batch())[0]
+        assert ours - moved == pytest.approx(1e-3, rel=0.05)
+
+    def test_a_method_of_peft_that_draws_by_itself(self):
+        config = LoHaConfig(r=4, target_modules=LANGUAGE, rank_dropout=0.3, init_weights=False)
+        results = []
+        for applied in (False, True):
+            model = tiny_model("causal", towers=False)
+            torch.manual_seed(1)
+            peft = get_peft_model(model, config)
+            if applied:
+                gemma_accel.apply(peft, vram_gib=1.0)
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+                force(model, [Mode.RECOMPUTE] * 5)
+            torch.manual_seed(3)
+            results.append(gradients(peft.train(), batch())[1])
+        expected, grads = results
+        assert max(relative(grads[n], expected[n]) for n in expected) < 1e-3
+
+
+@pytest.mark.usefixtures("references")
+def test_a_replay_runs_as_its_own_forward_did_whatever_came_between():
+    """Two batches of different shapes, which the policy runs in different modes, and one
+    backward.
+    """
+    _, reference = adapted(applied=False)
+    model, peft = adapted()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = text(model).memory
+    modes = {23: Mode.OFFLOAD_IN_PARTS, 9: Mode.RECOMPUTE_TILED}
+
+    def arrangement(hidden):
+        return Arrangement([modes[hidden.shape[1]]] * 5, graphed=False, head_tile=HEAD_TILE)
+
+    policy.arrangement = arrangement
+    results = []
+    for m in (reference, peft):
+        m.zero_grad()
+        (m(**batch((23, 17))).loss + m(**batch((9, 9), seed=2)).loss).backward()
+        results.append({n: p.grad for n, p in m.named_parameters() if p.grad is not None})
+    assert max(relative(results[1][n], results[0][n]) for n in results[0]) < 1e-3
+
+
+@pytest.mark.usefixtures("references")
+def test_a_layer_called_by_keywords_alone():
+    model, _ = adapted()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    inner = text(model)
+    seen = []
+    inner.layers[4].register_forward_hook(
+        lambda _, args, kwargs, out: seen.append((args, kwargs)), with_kwargs=True
+    )
+    model(**batch())
+    ((args, kwargs),) = seen
+    hidden, per_layer = args
+    inner.layers[4](hidden_states=hidden, per_layer_input=per_layer, **kwargs).sum().backward()

@@ -259,3 +259,33 @@ def test_a_loss_of_the_users_own_gets_its_logits(pair, head_calls, tmp_path):
     calls.clear()
     Trainer(model=ours, args=args, train_dataset=rows).train()  # and nobody after it
     assert not calls
+
+
+OPERATORS = {
+    "half": lambda x: x / 2,
+    "one more": lambda x: 1 + x,
+    "negative": lambda x: -x,
+    "positive": lambda x: x > 0,
+    "same": lambda x: x == x,
+    "rows": lambda x: torch.tensor(len(x)),
+    "first": lambda x: x[0],
+    "iterated": lambda x: torch.stack(list(x)),
+    "product": lambda x: x @ torch.ones(x.shape[-1]),
+}
+
+
+@pytest.mark.parametrize("ask", OPERATORS.values(), ids=OPERATORS.keys())
+def test_values_of_the_output_compute_with_like_tensors(pair, ask):
+    _, ours = pair
+    out = ours(**batch())
+    values = dict(out.items())
+    assert torch.equal(ask(values["logits"]), ask(out.logits))
+
+
+def test_logits_of_a_head_that_has_changed_since_are_an_error(pair):
+    _, ours = pair
+    out = ours(**batch())
+    out.loss.backward()
+    torch.optim.SGD(ours.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="head that makes them was changed"):
+        out.logits.mean()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import BatchEncoding
 
-from gemma_accel.patches.towers import settle_towers
+from gemma_accel.patches.towers import _park, settle_towers
 from tests.tiny import tiny_model
 
 
@@ -39,3 +39,12 @@ def test_rows_without_names_do_not_say_what_they_hold(row, parked):
     assert ("parked on the CPU" if parked else "the dataset does not say") in said
     tower = model.model.vision_tower
     assert (getattr(tower, "_gemma_accel_parked", None) is not None) is parked
+
+
+def test_a_parked_tower_takes_a_dtype_though_it_stays():
+    model = tiny_model("conditional")
+    tower = model.model.vision_tower
+    _park(tower)
+    model.to("meta", torch.bfloat16)
+    weight = next(tower.parameters())
+    assert weight.device.type == "cpu" and weight.dtype == torch.bfloat16

@@ -659,6 +659,18 @@ def test_a_token_id_out_of_range_is_an_error_and_the_model_goes_on(pair, token, 
 
 
 @pytest.mark.usefixtures("references", "trl_on_the_cpu")
+@pytest.mark.parametrize("wrong", [-1, 160, 2**31])
+def test_a_label_out_of_range_is_named(pair, wrong):
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": [5, 6], "labels": labels} for labels in ([-100, 6], [5, wrong])]
+    args = TrainingArguments("out", use_cpu=True, report_to="none", max_steps=1)
+    trainer = Trainer(model=pair[1], args=args, train_dataset=rows)
+    with pytest.raises(ValueError, match=rf"label {wrong}; .* vocabulary has 160.* label -100"):
+        trainer.train()
+
+
+@pytest.mark.usefixtures("references", "trl_on_the_cpu")
 @pytest.mark.parametrize("wrong", [4711, -3])
 def test_a_token_id_out_of_range_is_named(pair, wrong):
     from transformers import Trainer, TrainingArguments
@@ -819,7 +831,7 @@ def file(tmp_path_factory):
 @examples(1000)
 def test_a_table_is_found_inside_its_file_or_not_at_all(file, header, data):
     from gemma_accel.hostmemory import HostTable
-    from gemma_accel.loading import find_tensor
+    from gemma_accel.loading import find_tensors
 
     length = len(header) + data.draw(st.sampled_from((0, 0, 0, 0, 1, -1, 50, HUGE, 2**40)))
     content = struct.pack("<Q", max(0, length)) + header + bytes(range(100))
@@ -827,19 +839,18 @@ def test_a_table_is_found_inside_its_file_or_not_at_all(file, header, data):
     content = content[:cut]
     file.write_bytes(content)
     try:
-        found = find_tensor(file, suffix=SUFFIX)
+        places = find_tensors(file, suffix=SUFFIX)
     except ValueError as error:
         assert str(file) in str(error)
         return
-    if found is None:
-        return
-    assert found.offset >= 8 + len(header)
-    assert found.rows >= 0 and found.columns >= 0
-    assert found.offset + found.nbytes <= len(content)
-    if found.nbytes:
-        inside = content[found.offset : found.offset + found.nbytes]
-        read = HostTable(found).tensor().contiguous().view(torch.uint8)
-        assert bytes(read.flatten().tolist()) == inside
+    for found in places:
+        assert found.offset >= 8 + len(header)
+        assert found.rows >= 0 and found.columns >= 0
+        assert found.offset + found.nbytes <= len(content)
+        if found.nbytes:
+            inside = content[found.offset : found.offset + found.nbytes]
+            read = HostTable(found).tensor().contiguous().view(torch.uint8)
+            assert bytes(read.flatten().tolist()) == inside
 
 
 def test_two_thousand_and_more_are_drawn():

@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 import gemma_accel
 from gemma_accel import patching
 from gemma_accel.hostmemory import FileSlice
-from gemma_accel.loading import find_tensor
+from gemma_accel.loading import find_tensors
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
 from tests.test_callback import SMALL
 from tests.test_wiring import auto, tokenizer  # noqa: F401 - fixtures
@@ -135,7 +135,8 @@ torch.save(
 
 
 def table_bytes(directory):
-    source = find_tensor(directory / "model.safetensors", suffix="embed_tokens_per_layer.weight")
+    file = directory / "model.safetensors"
+    (source,) = find_tensors(file, suffix="embed_tokens_per_layer.weight")
     with open(source.path, "rb") as file:
         file.seek(source.offset)
         return file.read(source.nbytes)
