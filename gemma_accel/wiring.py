@@ -39,7 +39,7 @@ def on_applied(
     the table where it is already known to be frozen. ``capped``: the budget is the user's own
     figure, which the allocator is then held to.
     """
-    from gemma_accel.callback import accept_loss_kwargs
+    from gemma_accel.accumulation import accept_loss_kwargs
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
 
     report._undos.append(accept_loss_kwargs(base))

@@ -20,7 +20,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import gemma_accel
 import gemma_accel.callback as callback_module
-from gemma_accel.callback import GradientAccumulationCallback, accept_loss_kwargs
+from gemma_accel.accumulation import accept_loss_kwargs, steps_by_itself
+from gemma_accel.callback import GradientAccumulationCallback
 from gemma_accel.report import Report
 from tests.tiny import VOCAB, tiny_model
 
@@ -895,7 +896,7 @@ def test_one_that_ends_in_the_trainers_is_corrected():
 def test_a_step_of_trls_that_may_replace_the_labels_gets_no_count():
     gkd = pytest.importorskip("trl.experimental.gkd").GKDTrainer
     steps = {
-        cls: callback_module._steps_by_itself(object.__new__(cls))
+        cls: steps_by_itself(object.__new__(cls))
         for cls in (Trainer, SFTTrainer, gkd, Dividing, Delegating)
     }
     assert [cls for cls, own in steps.items() if own] == [gkd, Dividing]

@@ -474,7 +474,9 @@ def test_bad_numbers(changes, message):
         make(**changes)
 
 
-@pytest.mark.parametrize("source", [LlamaConfig(), object(), 3, None], ids=repr)
+@pytest.mark.parametrize(
+    "source", [LlamaConfig(), object(), 3, None], ids=lambda x: type(x).__name__
+)
 def test_not_gemma(source):
     with pytest.raises(UnsupportedModelError, match="takes a Gemma 4 model or config"):
         plan(source, **W1)

@@ -36,7 +36,7 @@ from gemma_accel.hostmemory import FileSlice, HostTable, StaleFileError
 from gemma_accel.kernels import geglu as geglu_module
 from gemma_accel.kernels import norm_add as norm_add_module
 from gemma_accel.kernels._triton import tl, triton
-from gemma_accel.loading import find_tensor, install_load_path
+from gemma_accel.loading import find_tensors, install_load_path
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding, settle_table
 from gemma_accel.report import Report
 from tests import trl_on_cpu
@@ -451,7 +451,8 @@ class TestFile:
         model.save_pretrained(tmp_path / "adapters")
 
     def test_changed_between_finding_and_binding(self, half):
-        source = find_tensor(half / "model.safetensors", suffix="embed_tokens_per_layer.weight")
+        file = half / "model.safetensors"
+        (source,) = find_tensors(file, suffix="embed_tokens_per_layer.weight")
         truncate(half / "model.safetensors")
         with pytest.raises(StaleFileError, match="changed on disk"):
             HostTable(source)
@@ -488,7 +489,7 @@ class TestFile:
         if way == "pinned":
             monkeypatch.setattr(HostTable, "_map", lambda self: "not this time")
         file = half / "model.safetensors"
-        source = find_tensor(file, suffix="embed_tokens_per_layer.weight")
+        (source,) = find_tensors(file, suffix="embed_tokens_per_layer.weight")
         table = HostTable(source)
         expected = table.tensor().clone()
         ids = torch.arange(source.rows, device="cuda")
