@@ -17,7 +17,10 @@ import os
 import runpy
 import shutil
 import sys
+import types
 import warnings
+import zipfile
+from importlib.machinery import SourceFileLoader
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -59,8 +62,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run_script(path: str, arguments: list[str]) -> None:
+    if os.path.isdir(path) or zipfile.is_zipfile(path) or path.endswith(".pyc"):
+        _take_over([path, *arguments], os.path.abspath(path))
+        runpy.run_path(path, run_name="__main__")
+        return
     _take_over([path, *arguments], os.path.dirname(os.path.realpath(path)))
-    runpy.run_path(os.path.abspath(path), run_name="__main__")
+    # not by runpy, which takes `__main__` away again before threads and exit handlers are through
+    program = types.ModuleType("__main__")
+    where = os.path.join(os.getcwd(), path)  # as Python does, dots and all
+    vars(program).update(__file__=where, __loader__=SourceFileLoader("__main__", where))
+    sys.modules["__main__"] = program
+    with open(path, "rb") as source:
+        code = compile(source.read(), where, "exec", dont_inherit=True)
+    exec(code, vars(program))
 
 
 def _run_module(name: str, arguments: list[str]) -> None:

@@ -80,13 +80,33 @@ end(sys.argv[1])
 """
 
 
+LATE = """
+import atexit, pickle, sys, threading, time
+
+class Local:
+    pass
+
+def late(who):
+    if who == "thread":
+        time.sleep(0.2)
+    print(who, type(pickle.loads(pickle.dumps(Local()))) is Local)
+
+atexit.register(late, "exit")
+threading.Thread(target=late, args=["thread"]).start()
+print(sys.argv, __file__, type(__loader__).__name__, __spec__)
+"""
+"""What goes on when the last line has run."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     directory = tmp_path_factory.mktemp("programs")
     (directory / "package").mkdir()
     (directory / "package" / "program.py").write_text(PROGRAM)
     (directory / "package" / "__init__.py").touch()
+    (directory / "package" / "__main__.py").write_text(PROGRAM)
     (directory / "package" / "broken.py").write_text("x = = 1\n")
+    (directory / "late.py").write_text(LATE)
     (directory / "link.py").symlink_to(directory / "package" / "program.py")
     return directory
 
@@ -102,6 +122,9 @@ def folder(tmp_path_factory):
         ["package/program.py", "interrupt"],
         ["package/broken.py"],
         ["link.py", "return"],
+        ["late.py"],
+        ["./late.py", "relative"],
+        ["package", "return"],
         ["-m", "package.program", "return", "--help"],
         ["-m", "package.program", "raise"],
     ],
@@ -109,7 +132,7 @@ def folder(tmp_path_factory):
 )
 def test_a_program_sees_what_python_gives_it(folder, arguments):
     """Output, traceback and exit code are those of plain Python, to the letter."""
-    if arguments[0] != "-m":
+    if not arguments[0].startswith(("-m", "./")):
         arguments = [folder / arguments[0], *arguments[1:]]
     variables = {"GEMMA_ACCEL_DISABLE": "1", "PYTHONWARNINGS": "ignore"}  # for speed alone
     stock = python(*arguments, cwd=folder, **variables)
