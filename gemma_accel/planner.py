@@ -613,7 +613,7 @@ def _plan(run: _Run, batch_size: int, length: int) -> Plan:
         longest_sequence=_longest(run, batch_size),
         largest_batch=_largest(run, length),
     )
-    made.notes.extend(_notes(run))
+    made.notes.extend(_notes(run, length))
     if not made.fits:
         made.remedies.extend(_remedies(run, made))
     return made
@@ -749,13 +749,15 @@ def _remedies(run: _Run, made: Plan) -> list[str]:
     return found
 
 
-def _notes(run: _Run) -> list[str]:
+def _notes(run: _Run, length: int) -> list[str]:
     notes = [
         "a text-only run with adamw_8bit",
         "the limit is what PyTorch may allocate; CUDA's own context, 0.3 to 0.5 GiB, and a desktop "
         "come on top: a card of 8 GB leaves about 7",
         "the evaluation is TRL's; plain Trainer's makes logits of the whole batch",
     ]
+    if length > (most := run.counts.text.max_position_embeddings):
+        notes.append(f"the model was made for rows of at most {most:,} tokens, these are longer")
     if run.is_mixture:
         notes.append(
             "experts are not nn.Linear: bitsandbytes leaves them in bfloat16; layers with experts "
