@@ -282,10 +282,11 @@ def _attach(trainer: Any, report: Report) -> None:
     own_loss = type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl")
     if own_loss:
         setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits
-    if not isinstance(trainer.data_collator, CheckedIds):
-        own_loss = own_loss or callable(trainer.compute_loss_func)
-        collator = CheckedIds(trainer.data_collator, text_model(base).config, own_loss)
-        trainer.data_collator = collator
+    own_loss = own_loss or callable(trainer.compute_loss_func)
+    collator = trainer.data_collator
+    if isinstance(collator, CheckedIds):  # attached before, or another trainer's
+        collator = vars(collator)["collator"]
+    trainer.data_collator = CheckedIds(collator, text_model(base).config, own_loss)
     _tell_policy(trainer)
 
 

@@ -331,6 +331,26 @@ class TestCollator:
         assert collator.pad_to_multiple_of == 16
         assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[1] == 16
 
+    def test_one_that_another_trainer_had_looks_by_this_ones_model(self, tmp_path):
+        row = {k: v[0] for k, v in batch((9,)).items()}
+        small, large = tiny_model("conditional"), tiny_model("conditional")
+        large.resize_token_embeddings(VOCAB + 10)
+        row["input_ids"][4] = row["labels"][4] = VOCAB + 5
+        collator = None
+        for model in (small, large):
+            gemma_accel.apply(model)
+            trainer = Trainer(
+                model=model,
+                args=config(tmp_path, TrainingArguments, max_steps=1),
+                train_dataset=[row] * 2,
+                data_collator=collator,
+            )
+            collator = trainer.data_collator
+            if model is small:
+                with pytest.raises(ValueError, match=f"vocabulary has {VOCAB}"):
+                    trainer.train()
+        trainer.train()
+
     def test_an_evaluation_without_labels_is_refused_as_by_trl(self, tmp_path, tokenizer):
         model = tiny_model("causal", towers=False)
         gemma_accel.apply(model)

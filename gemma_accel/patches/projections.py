@@ -100,7 +100,7 @@ def _base(linear: nn.Module, x: Tensor | None) -> tuple[Any, Any] | str:
     if type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, Tensor):
         return linear.weight, linear.bias
     # bitsandbytes', not the class of that name which some PEFT methods have
-    if type(linear).__name__ == "Linear4bit" and not hasattr(linear, "base_layer"):
+    if type(linear).__name__ == "Linear4bit" and "base_layer" not in linear._modules:
         if refusal := nf4_refusal(linear.weight):
             return refusal
         computes = linear.compute_dtype if linear.compute_type_is_set else None
