@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -13,15 +16,24 @@ def draws(module: nn.Module) -> bool:
     """Whether the layer, or block, may draw random numbers now: a checkpoint then has to save their
     state and put it back, which costs a launch-bound step some.
 
-    Asked at every forward: adapters come and go. Of PEFT's methods only LoRA has all its dropout in
-    modules.
+    Asked at every forward, and so made cheap: adapters come and go.
     """
-    return any(map(_draws, module.modules()))
+    for each in module.modules():
+        kind: Any = type(each)
+        attributes: dict[str, Any] = vars(each)
+        if _is_dropout(kind) and attributes["p"] > 0:
+            return True
+        if attributes.get("attention_dropout", 0.0) > 0 or _draws_by_itself(kind):
+            return True
+    return False
 
 
-def _draws(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.p > 0
-    if isinstance(module, BaseTunerLayer):
-        return not isinstance(module, LoraLayer)
-    return getattr(module, "attention_dropout", 0.0) > 0
+@functools.cache
+def _is_dropout(kind: type) -> bool:
+    return issubclass(kind, nn.modules.dropout._DropoutNd)
+
+
+@functools.cache
+def _draws_by_itself(kind: type) -> bool:
+    """Of PEFT's methods only LoRA has all its dropout in modules."""
+    return issubclass(kind, BaseTunerLayer) and not issubclass(kind, LoraLayer)
