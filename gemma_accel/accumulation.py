@@ -200,14 +200,21 @@ class Window:
         self.counts: list[Tensor] = []
         self.items: Any = None
         self.labelled = True
+        self._last: Tensor | None = None
 
-    def add(self, inputs: Mapping[str, Any], items: Any) -> None:
+    def meet(self, inputs: Mapping[str, Any], items: Any) -> None:
+        """A loss is about to be computed; of a step that computes several, the last counts."""
         self.items = items
         labels = inputs.get(key := _label_key(inputs))
-        if isinstance(labels, Tensor):
-            self.counts.append(_counted(key, labels).sum())
-        else:
+        self._last = _counted(key, labels).sum() if isinstance(labels, Tensor) else None
+
+    def step_ended(self) -> None:
+        """A micro-batch is through."""
+        if self._last is None:
             self.labelled = False
+        else:
+            self.counts.append(self._last)
+        self._last = None
 
     def verify(self) -> None:
         if not self.labelled:

@@ -184,7 +184,7 @@ class GradientAccumulationCallback(TrainerCallback):
         """``original`` of a micro-batch, whose labels are counted as the loss meets them."""
         if self._window is not None and model.training:
             items = args[1] if len(args) > 1 else kw.get("num_items_in_batch")
-            self._window.add(inputs, items)
+            self._window.meet(inputs, items)
         return original(model, inputs, *args, **kw)
 
     def _training_step(
@@ -194,7 +194,10 @@ class GradientAccumulationCallback(TrainerCallback):
             if (ids := inputs.get("input_ids")) is not None:
                 self._pace.tokens += ids.numel()
             self._utilisation.add(inputs)
-        return self._step(original, model, inputs, *args, **kwargs)
+        loss = self._step(original, model, inputs, *args, **kwargs)
+        if self._window is not None:
+            self._window.step_ended()
+        return loss
 
     def _step(
         self, original: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any

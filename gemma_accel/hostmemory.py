@@ -429,14 +429,23 @@ def _available_memory() -> int | None:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         if limit != "max":
-            # pages of files, which it counts, are given back when they are needed
-            lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-            stat = dict(line.split() for line in lines)
-            left = int(limit) - used + sum(int(stat[f"{n}active_file"]) for n in ("", "in"))
+            left = int(limit) - used + _file_pages()
             available = left if available is None else min(available, left)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError):
         pass
     return available
+
+
+def _file_pages() -> int:
+    """Bytes of files that the cgroup counts as used, and gives back when they are needed; 0 where
+    nobody says.
+    """
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+        stat = dict(line.split() for line in lines)
+        return int(stat["active_file"]) + int(stat["inactive_file"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 class _Registration:

@@ -266,6 +266,7 @@ def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Rep
 
 def _attach(trainer: Any, report: Report) -> None:
     """Give the trainer its callback, unless the user already did."""
+    from gemma_accel.accumulation import has_own_loss
     from gemma_accel.callback import GradientAccumulationCallback
     from gemma_accel.inputs import CheckedIds
     from gemma_accel.patches.lm_head import FULL_LOGITS
@@ -279,14 +280,12 @@ def _attach(trainer: Any, report: Report) -> None:
     callback.attach(trainer, report=report)
     base = base_model(trainer.model)
     vars(base).pop(FULL_LOGITS, None)  # the trainer before this one set it
-    own_loss = type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl")
-    if own_loss:
+    if type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl"):
         setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits
-    own_loss = own_loss or callable(trainer.compute_loss_func)
     collator = trainer.data_collator
     if isinstance(collator, CheckedIds):  # attached before, or another trainer's
         collator = vars(collator)["collator"]
-    trainer.data_collator = CheckedIds(collator, text_model(base).config, own_loss)
+    trainer.data_collator = CheckedIds(collator, text_model(base).config, has_own_loss(trainer))
     _tell_policy(trainer)
 
 

@@ -154,4 +154,4 @@ def test_a_model_pickled_meanwhile_loads_without_this_package(peft):
         peft.train()
         pickled = pickle.dumps(peft)
     assert b"gemma_accel" not in pickled
-    assert same(pickle.loads(pickled).parameters(), []) is False
+    assert len(list(pickle.loads(pickled).parameters())) == len(list(peft.parameters()))

@@ -406,16 +406,26 @@ def test_of_two_tables_in_a_file_transformers_chooses(tmp_path, load_path):
     assert torch.equal(table_of(model).weight, table_of(teacher).weight)
 
 
-def test_pages_of_files_count_as_available_to_a_cgroup(monkeypatch):
-    gib = 1 << 30
+@pytest.mark.parametrize(
+    ("stat", "available"),
+    [(f"anon 1\ninactive_file {9 << 30}\nactive_file {1 << 30}", 14), (None, 4)],
+)
+def test_pages_of_files_count_as_available_to_a_cgroup(monkeypatch, stat, available):
+    """Of a limit of 16 GiB twelve are used, ten of these by pages of files, where that is known."""
     files = {
-        "/proc/meminfo": f"MemAvailable: {60 * gib // 1024} kB",
-        "/sys/fs/cgroup/memory.max": f"{16 * gib}",
-        "/sys/fs/cgroup/memory.current": f"{12 * gib}",
-        "/sys/fs/cgroup/memory.stat": f"anon 1\ninactive_file {9 * gib}\nactive_file {gib}",
+        "/proc/meminfo": f"MemAvailable: {60 << 20} kB",
+        "/sys/fs/cgroup/memory.max": f"{16 << 30}",
+        "/sys/fs/cgroup/memory.current": f"{12 << 30}",
+        "/sys/fs/cgroup/memory.stat": stat,
     }
-    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
-    assert hostmemory._available_memory() == 14 * gib
+
+    def read_text(path):
+        if files[str(path)] is None:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert hostmemory._available_memory() == available << 30
 
 
 class TestHostTable:

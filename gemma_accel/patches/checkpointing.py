@@ -235,10 +235,11 @@ class MemoryPolicy:
             set_head_tile(chosen.head_tile)
             self._inputs.begin()
         forward = self._scheduled(layer, forward, mode, hidden.shape[0] * hidden.shape[1])
+        kept = mode in (Mode.KEEP, Mode.RECOMPUTE_MLP) or not _has_backward(layer, hidden)
         # no random numbers are drawn in a layer without dropout: their state need not be saved and
         # put back around every one
-        again = functools.partial(stock, preserve_rng_state=draws(layer))
-        if mode in (Mode.KEEP, Mode.RECOMPUTE_MLP) or not _has_backward(layer, hidden):
+        again = functools.partial(stock, preserve_rng_state=not kept and draws(layer))
+        if kept:
             out = forward(hidden, *rest)
         elif mode in AWAY and hidden.is_cuda and not _stays(hidden, *rest):
             # where there is no room for a second input, a layer waits for its own: it is long

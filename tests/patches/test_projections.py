@@ -64,13 +64,14 @@ def hooked(path, kind):
 
 
 def subclassed(path):
+    """A class of the user's own."""
+
     def put(model):
         module = model.get_submodule(path)
-        kind = type("Own", (type(module),), {"forward": halved})
-        module.forward = MethodType(lambda self, x: super(kind, self).forward(x) * 0.5, module)
-        del module.forward
-        module.__class__ = kind
-        kind.forward = lambda self, x: super(kind, self).forward(x) * 0.5
+        stock = type(module)
+        module.__class__ = type(
+            "Own", (stock,), {"forward": lambda m, x: stock.forward(m, x) * 0.5}
+        )
 
     return put
 
