@@ -245,6 +245,7 @@ def _report_for(model: Any) -> Report | None:
 
 def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Report) -> None:
     """Everything that must be settled between PEFT's wrapping and the optimizer."""
+    from gemma_accel.patches.decoder import left_to_stock
     from gemma_accel.patches.lora import stepped_aside
     from gemma_accel.patches.per_layer import FusedGemma4TextModel, settle_table
     from gemma_accel.patches.towers import settle_towers
@@ -261,6 +262,8 @@ def _prepare(trainer: Any, model: Any, arguments: Any, dataset: Any, report: Rep
     flow = None if autocast else text.embed_tokens.weight.new_empty(0, device="cpu")
     for path, reason in stepped_aside(base, flow):
         report.skip("lora", "text", path, reason)
+    for patch, path, reason in left_to_stock(base):
+        report.skip(patch, "text", path, reason)
     trainer._gemma_accel_prepared = True
 
 

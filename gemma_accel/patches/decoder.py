@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ __all__ = [
     "Projector",
     "decoder_layer_patch",
     "geglu_patch",
+    "left_to_stock",
     "qk_norm_rope_patch",
 ]
 
@@ -53,6 +55,9 @@ CACHE = (
     else "past_key_values"
 )
 """What stock calls the argument: the former since transformers 5.24."""
+
+
+_NORMS = "a norm is wrapped (by PEFT's modules_to_save, LN tuning), another class, or watched"
 
 
 class Projector:
@@ -85,7 +90,7 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         cache = kwargs.pop("past_key_values", cache)
-        if not self._norms_are_stock():
+        if self.why_stock() is not None:
             return super().forward(
                 hidden_states,
                 position_embeddings,
@@ -165,11 +170,10 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
         if self.store_full_length_kv and not is_replay:
             shared_kv_states[self.layer_type] = keys
 
-    def _norms_are_stock(self) -> bool:
-        """False once a norm is wrapped (by PEFT's `modules_to_save`, LN tuning) or watched: its own
-        forward must run then.
-        """
-        return are_norms(self.q_norm) and (self.is_kv_shared_layer or are_norms(self.k_norm))
+    def why_stock(self) -> str | None:
+        """Why its own forward has to run now, if so."""
+        own = are_norms(self.q_norm) and (self.is_kv_shared_layer or are_norms(self.k_norm))
+        return None if own else _NORMS
 
     def _qkv(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor
@@ -267,7 +271,7 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         kwargs[CACHE] = kwargs.pop("past_key_values", cache)
-        if not self._norms_are_stock() or self.layer_scalar.requires_grad:
+        if self.why_stock() is not None:
             if isinstance(per_layer_input, LayerInput):
                 per_layer_input = per_layer_input.tensor()
             return super().forward(
@@ -330,11 +334,14 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
         (out,) = self.project(gated, self.per_layer_projection)
         return _joint(out, hidden_states, self.post_per_layer_input_norm, scale=self.layer_scalar)
 
-    def _norms_are_stock(self) -> bool:
-        norms = (getattr(self, name) for name in _LAYER_NORMS)
-        return are_norms(*norms) and (
-            not self.hidden_size_per_layer_input or are_norms(self.post_per_layer_input_norm)
-        )
+    def why_stock(self) -> str | None:
+        """Why its own forward has to run now, if so."""
+        if self.layer_scalar.requires_grad:
+            return "the layer's scalar is trained"
+        norms = [getattr(self, name) for name in _LAYER_NORMS]
+        if self.hidden_size_per_layer_input:
+            norms.append(self.post_per_layer_input_norm)
+        return None if are_norms(*norms) else _NORMS
 
 
 def _joint(x: Tensor, residual: Tensor, norm: Gemma4RMSNorm, **extra: Any) -> Any:
@@ -354,6 +361,19 @@ def _why_not_layer(layer: Gemma4TextDecoderLayer) -> str | None:
         if activation != "gelu_pytorch_tanh":
             return f"activation is {activation!r}; the kernel computes 'gelu_pytorch_tanh'"
     return why_not_dtype(layer.input_layernorm.weight)
+
+
+def left_to_stock(base: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Patch, path and reason of layers and attentions that run stock's forward as they are now."""
+    for path, module in base.named_modules():
+        if isinstance(module, FusedGemma4TextDecoderLayer):
+            patch, reason = decoder_layer_patch, module.why_stock()
+        elif isinstance(module, FusedGemma4TextAttention):
+            patch, reason = qk_norm_rope_patch, module.why_stock()
+        else:
+            continue
+        if reason is not None:
+            yield patch.name, path, reason
 
 
 qk_norm_rope_patch = ClassSwap("qk_norm_rope", "text", FusedGemma4TextAttention, _why_not_attention)

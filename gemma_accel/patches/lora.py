@@ -19,9 +19,15 @@ from transformers.models.gemma4.modeling_gemma4 import (
 )
 
 from gemma_accel.hookspecs import Patch
+from gemma_accel.kernels.lora import Projection
 from gemma_accel.kernels.mlp import gated_mlp
 from gemma_accel.patches.decoder import FusedGemma4TextMLP, Projector
-from gemma_accel.patches.projections import as_projection, project_modules, read_all
+from gemma_accel.patches.projections import (
+    as_projection,
+    project_modules,
+    read_all,
+    several_dtypes,
+)
 from gemma_accel.patches.seams import Fused, Undoing, set_attribute
 
 __all__ = ["FusedProjector", "lora_patch", "stepped_aside"]
@@ -85,7 +91,13 @@ def stepped_aside(base: nn.Module, x: Tensor | None = None) -> Iterator[tuple[st
             names = ("per_layer_model_projection",)
         else:
             continue
-        for name in names:
-            linear = getattr(module, name, None)
-            if linear is not None and isinstance(reason := as_projection(linear, x), str):
-                yield f"{path}.{name}", reason
+        linears = {n: each for n in names if (each := getattr(module, n, None)) is not None}
+        seen = {name: as_projection(linear, x) for name, linear in linears.items()}
+        refused = {name: reason for name, reason in seen.items() if isinstance(reason, str)}
+        readable = [
+            projection for projection in seen.values() if isinstance(projection, Projection)
+        ]
+        if x is not None and not refused and several_dtypes(readable):
+            refused = dict.fromkeys(seen, "adapters of one input differ in dtype")
+        for name, reason in refused.items():
+            yield f"{path}.{name}", reason

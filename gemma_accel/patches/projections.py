@@ -19,7 +19,14 @@ from gemma_accel.kernels.lora import Projection, project
 from gemma_accel.kernels.nf4 import nf4_refusal, nf4_weight
 from gemma_accel.patches.seams import is_watched
 
-__all__ = ["as_projection", "project_modules", "project_rows", "read_all", "rows_apart"]
+__all__ = [
+    "as_projection",
+    "project_modules",
+    "project_rows",
+    "read_all",
+    "rows_apart",
+    "several_dtypes",
+]
 
 
 _WATCHED = "somebody watches the layer by a hook, or bound another forward to it"
@@ -33,13 +40,14 @@ def read_all(linears: Sequence[nn.Module], x: Tensor) -> list[Projection] | None
         if isinstance(projection, str):
             return None
         projections.append(projection)
-    if len(_adapter_dtypes(projections)) > 1 and not torch.is_autocast_enabled(x.device.type):
+    if several_dtypes(projections) and not torch.is_autocast_enabled(x.device.type):
         return None  # PEFT casts for each by itself
     return projections
 
 
-def _adapter_dtypes(projections: Sequence[Projection]) -> set[torch.dtype]:
-    return {x.dtype for p in projections for x in (p.lora_a, p.lora_b) if x is not None}
+def several_dtypes(projections: Sequence[Projection]) -> bool:
+    """Whether their adapters' parameters differ in dtype, which one step has one of."""
+    return len({x.dtype for p in projections for x in (p.lora_a, p.lora_b) if x is not None}) > 1
 
 
 def project_modules(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:

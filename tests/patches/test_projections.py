@@ -9,6 +9,7 @@ import torch
 from peft import AdaLoraConfig, IA3Config, LoraConfig, get_peft_model
 
 import gemma_accel
+from gemma_accel.patches.decoder import left_to_stock
 from gemma_accel.patches.lora import stepped_aside
 from tests.tiny import LANGUAGE, batch, tiny_model
 
@@ -126,6 +127,8 @@ def test_adapters_of_several_dtypes_are_cast_by_peft():
             gemma_accel.apply(peft)
         results.append(peft(**batch()).loss.item())
     assert results[1] == pytest.approx(results[0], rel=1e-2)
+    told = dict(stepped_aside(model, model.model.embed_tokens.weight))
+    assert told["model.layers.0.self_attn.k_proj"] == "adapters of one input differ in dtype"
 
 
 def test_a_layer_scalar_that_is_trained():
@@ -139,6 +142,18 @@ def test_a_layer_scalar_that_is_trained():
         model(**batch()).loss.backward()
         results.append(torch.stack([layer.layer_scalar.grad for layer in model.model.layers]))
     assert (results[1] - results[0]).norm() < 1e-3 * results[0].norm()
+    assert {patch for patch, _, _ in left_to_stock(model)} == {"decoder_layer"}
+
+
+def test_norms_that_peft_wraps_are_told():
+    model = tiny_model("causal")
+    gemma_accel.apply(model)
+    assert list(left_to_stock(model)) == []
+    config = LoraConfig(target_modules=["down_proj"], modules_to_save=["q_norm"])
+    get_peft_model(model, config)
+    told = {path: reason for patch, path, reason in left_to_stock(model)}
+    assert told.keys() == {f"model.layers.{n}.self_attn" for n in range(5)}
+    assert "wrapped" in told["model.layers.0.self_attn"]
 
 
 def test_the_4_bit_layers_of_other_methods_are_left_to_them():
