@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.harness import (
     Worker,
+    adapt_unsloth,
     begin,
     build_apart,
     host_gib,
@@ -33,6 +34,7 @@ from benchmarks.harness import (
 from benchmarks.works import ADAPTED, nf4
 
 MODULE = "benchmarks.bench_media"
+RANK = 16
 PATCHES, POOLED = 2520, 9  # patches an image is padded to, and patches of a soft token
 CLIPPED = (
     r".*TOWER\.(encoder\.)?layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|"
@@ -95,12 +97,11 @@ def worker(spec: dict) -> None:
     if spec["stack"] == "unsloth":
         prepare_unsloth(spec)
     from datasets import Dataset
-    from peft import LoraConfig
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     work, path = WORKS[spec["work"]], spec["checkpoint"]
-    model = _model(spec, work)
+    model, adapters = _model_and_adapters(spec, work)
     load = reserved_gib()
     measure = measure_class()(spec)
     trainer = SFTTrainer(
@@ -125,11 +126,7 @@ def worker(spec: dict) -> None:
         data_collator=functools.partial(collate, config=model.config, work=work),
         train_dataset=Dataset.from_dict({"seed": list(range(spec["steps"]))}),
         processing_class=AutoTokenizer.from_pretrained(path),
-        peft_config=LoraConfig(
-            r=16,
-            lora_alpha=16,
-            target_modules=f"{ADAPTED}|{CLIPPED}".replace("TOWER", work.tower),
-        ),
+        peft_config=adapters,
         callbacks=[measure],
     )
     trainer.train()
@@ -149,18 +146,25 @@ def worker(spec: dict) -> None:
     say({"result": out})
 
 
-def _model(spec: dict, work: Media):
-    """The stack's, with ranges that clip: a random checkpoint's are infinite, and cost nothing."""
+def _model_and_adapters(spec: dict, work: Media):
+    """The stack's own way; Unsloth's trainer takes adapters only in the model."""
     import torch
+    from peft import LoraConfig
     from transformers import AutoModelForCausalLM
 
     path = spec["checkpoint"]
     if spec["stack"] == "unsloth":
-        model = load_unsloth(path, work.text + work.soft_tokens)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, device_map={"": 0}, dtype=torch.bfloat16, quantization_config=nf4()
-        )
+        model = _clip(load_unsloth(path, work.text + work.soft_tokens))
+        return adapt_unsloth(model, RANK, towers=True), None
+    model = AutoModelForCausalLM.from_pretrained(
+        path, device_map={"": 0}, dtype=torch.bfloat16, quantization_config=nf4()
+    )
+    targets = f"{ADAPTED}|{CLIPPED}".replace("TOWER", work.tower)
+    return _clip(model), LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
+
+
+def _clip(model):
+    """With ranges that clip: a random checkpoint's are infinite, and cost nothing."""
     for module in model.modules():
         if type(module).__name__ == "Gemma4ClippableLinear":
             for end, value in (("min", -3.0), ("max", 3.0)):

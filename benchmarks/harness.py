@@ -86,6 +86,24 @@ def load_unsloth(path: str, length: int, *, quantised: bool = True):
     return model
 
 
+def adapt_unsloth(model, rank: int, *, towers: bool = False):
+    """Adapters as Unsloth's documentation gives them to Gemma; its trainer takes no others."""
+    from unsloth import FastModel
+
+    return FastModel.get_peft_model(
+        model,
+        finetune_vision_layers=towers,
+        finetune_language_layers=True,
+        finetune_attention_modules=True,
+        finetune_mlp_modules=True,
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing="unsloth",
+    )
+
+
 def measure_class():
     """The callback that measures; a function, so that the parent imports no torch for it."""
     import torch

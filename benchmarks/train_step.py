@@ -22,6 +22,7 @@ from pathlib import Path
 
 from benchmarks.harness import (
     Worker,
+    adapt_unsloth,
     begin,
     build_apart,
     host_gib,
@@ -127,7 +128,7 @@ def _model(spec: dict, work: Work, arguments):
     path = spec["checkpoint"]
     if spec["stack"] == "unsloth":
         model = load_unsloth(path, work.sequence_length, quantised=work.quantised)
-        return _with_unsloth_adapters(model, work), None
+        return adapt_unsloth(model, work.lora_rank), None
     adapters = LoraConfig(r=work.lora_rank, lora_alpha=work.lora_rank, target_modules=ADAPTED)
     kwargs = {"quantization_config": nf4()} if work.quantised else {}
     if spec["float32"]:  # TRL's own way for a model given by name
@@ -144,24 +145,6 @@ def _our_report(model) -> dict:
     report = report_of(model).to_dict()
     modes = text_model(base_model(model)).memory.summary()
     return {"report": report["notes"], "modes": modes, "skipped": report["skipped"][:20]}
-
-
-def _with_unsloth_adapters(model, work):
-    """As Unsloth's documentation adapts Gemma for text."""
-    from unsloth import FastModel
-
-    return FastModel.get_peft_model(
-        model,
-        finetune_vision_layers=False,
-        finetune_language_layers=True,
-        finetune_attention_modules=True,
-        finetune_mlp_modules=True,
-        r=work.lora_rank,
-        lora_alpha=work.lora_rank,
-        lora_dropout=0,
-        bias="none",
-        use_gradient_checkpointing="unsloth",
-    )
 
 
 @contextlib.contextmanager

@@ -260,9 +260,12 @@ def _load(model: str, load_in_4bit: bool) -> Any:
 
     import gemma_accel.auto  # noqa: F401 - loads within 8 GB what stock would not
 
-    _config(model)
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        # as runs set it: left at float32, the projections would stay PEFT's
+        bnb_4bit_compute_dtype=_config(model).dtype,
     )
     try:
         network = AutoModelForCausalLM.from_pretrained(

@@ -104,10 +104,10 @@ def live_in(base: nn.Module, report: Report, budget: float | None, *, capped: bo
         policy.tell = functools.partial(_tell, weakref.ref(report))
 
 
-def _tell(report: Callable[[], Report | None], text: str) -> None:
+def _tell(report: Callable[[], Report | None], topic: str, text: str) -> None:
     # weakly: the policy is reached from a step's graph, which would then hold the whole model
     if (alive := report()) is not None:
-        alive.note("layers", text)
+        alive.note(topic, text)
 
 
 def _plan(base: Any, budget: float | None, *, batch_size: int, sequence_length: int) -> Any:

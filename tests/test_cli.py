@@ -82,6 +82,20 @@ def test_verify_gives_a_checkpoint_adapters(tmp_path):
     assert trained and all(".lora_" in name and "_proj" in name for name in trained)
 
 
+def test_verify_in_4_bits_looks_at_the_fused_projections(tmp_path):
+    tiny = tiny_model("causal", dtype=torch.bfloat16, hidden_size_per_layer_input=64)
+    tiny.save_pretrained(tmp_path / "model")
+    code = (
+        "import torch\n"
+        "from gemma_accel.cli import _load\n"
+        "from gemma_accel.patches.projections import as_projection\n"
+        "layer = _load('model', True).get_base_model().model.layers[0]\n"
+        "x = torch.zeros(1, layer.hidden_size, dtype=torch.bfloat16)\n"
+        "print(as_projection(layer.self_attn.q_proj, x))"
+    )
+    assert python("-c", code, cwd=tmp_path).stdout.startswith("Projection(")
+
+
 def test_info_prints_a_table(monkeypatch, capsys, references):
     from gemma_accel import cli
 

@@ -88,9 +88,9 @@ def test_losses_float32_and_newest_versions_are_the_files():
 
 
 def test_the_learning_curve_is_the_file():
-    run = results("cpu-learning-curve.json")
-    held = run["summary"]["held_out"]
-    assert held["within"] and run["summary"]["training"]["within"]
+    for run in (results("cpu-learning-curve.json"), results("h200-learning-curve.json")):
+        held = run["summary"]["held_out"]
+        assert held["within"] and run["summary"]["training"]["within"]
     text = " ".join(README.split())
     millions = run["rows"][0]["parameters"] / 1e6
     steps = run["size"]["steps"]

@@ -62,7 +62,7 @@ class MemoryPolicy:
         self.budget: int | None = None
         self.fixed = self.trained = self.withheld = 0
         self.captures = False  # whether the `cuda_graphs` patch is there
-        self.tell: Callable[[str], None] | None = None  # hears what was chosen, in words
+        self.tell: Callable[[str, str], None] | None = None  # hears what was chosen, by topic
         self.chosen: dict[tuple[int, ...], Arrangement] = {}
         self._in_tiles: dict[tuple[int, ...], Arrangement] = {}  # with graphs, if that pays
         self.forced: Arrangement | None = None  # to verify and to test by
@@ -150,7 +150,7 @@ class MemoryPolicy:
     def _set(self, key: tuple[int, ...], chosen: Arrangement) -> None:
         self.chosen[key] = chosen
         if self.tell is not None:
-            self.tell(self.summary())
+            self.tell("layers", self.summary())
 
     def graphs_fit(self, hidden: Tensor, *, host_bound: bool) -> bool:
         """Whether to capture a batch of this shape: graphs fit beside everything else, and if that

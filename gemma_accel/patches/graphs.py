@@ -323,6 +323,8 @@ class StackGraphs:
         self._text: Callable[[], Any] = weakref.ref(text)  # it outlives its layers' calls
         self.off = ""
         """why graphs are not used any more in this run, if so"""
+        self.idle = ""
+        """why they did not serve the last training forward, if it is one that they never will"""
         self._key: Any = None
         self._seen = self._captures = 0
         self._captured: _Captured | None = None
@@ -356,17 +358,21 @@ class StackGraphs:
         if not (layer.training and torch.is_grad_enabled()):
             self._make_room(text, hidden)
             return None
-        rest = self._inputs(text, hidden, per_layer_input, kwargs)
-        if rest is None or (self._captured is not None and self._is_waiting()):
+        rest = self._inputs(text, per_layer_input, kwargs)
+        if isinstance(rest, str):
+            self._stay_idle(text, rest)
+            return None
+        if self._captured is not None and self._is_waiting():
             return None
         key = self._key_of(text, hidden, rest)
         if key != self._key:
             self.drop()
             self._key = key
         self._seen += 1
-        if self._seen <= STEADY or not text.memory.graphs_fit(
-            hidden, host_bound=self._watch.host_bound
-        ):
+        steady = self._seen > STEADY
+        if not steady or not text.memory.graphs_fit(hidden, host_bound=self._watch.host_bound):
+            if steady:
+                self._stay_idle(text, "they do not fit beside the layers, or would not pay")
             self._watch.begin(len(text.layers))
             return None
         if self._captured is None and not self._capture(text, hidden, rest):
@@ -383,10 +389,23 @@ class StackGraphs:
         self._serving = index < len(self._text().layers) - 1
         return hidden
 
+    def _stay_idle(self, text: Any, reason: str) -> None:
+        """Set down why the layers run one by one, for the report too."""
+        if reason != self.idle:
+            self.idle = reason
+            self._tell(text, f"not used: {reason}")
+
+    @staticmethod
+    def _tell(text: Any, what: str) -> None:
+        if text.memory.tell is not None:
+            text.memory.tell("CUDA graphs", what)
+
     def _turn_off(self, reason: str) -> None:
         """Capture no more in this run, and say so once."""
+        text = self._text()
         self.off = reason
-        self._text().memory.give_up_graphs()
+        self._stay_idle(text, reason)
+        text.memory.give_up_graphs()
         warnings.warn(
             f"gemma_accel runs the layers one by one from here on, without CUDA graphs: {reason}",
             UserWarning,
@@ -430,31 +449,31 @@ class StackGraphs:
         return waiting is not None and waiting() is not None
 
     def _inputs(
-        self, text: Any, hidden: Tensor, per_layer_input: Any, kwargs: dict[str, Any]
-    ) -> tuple[Tensor | None, ...] | None:
-        """Token ids, mask and positions that the layers read; None where a forward is not one that
-        graphs serve.
+        self, text: Any, per_layer_input: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, ...] | str:
+        """Token ids, mask and positions that the layers read; a reason where a forward is not one
+        that graphs serve.
         """
         mask = kwargs.get("attention_mask")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        if cache is not None or (mask is not None and mask.dtype != torch.int32):
-            return None
+        if kwargs.get("cache", kwargs.get("past_key_values")) is not None:
+            return "a cache of keys and values is filled"
+        if mask is not None and mask.dtype != torch.int32:
+            return "attention is stock's, or its mask somebody's own"
         if text.config.attention_dropout:
-            return None
-        if any(
-            kwargs.get(name)
-            for name in ("output_attentions", "output_hidden_states", "return_shared_kv_states")
-        ):
-            return None
+            return "attention has dropout"
+        for name in ("output_attentions", "output_hidden_states", "return_shared_kv_states"):
+            if kwargs.get(name):
+                return f"{name} is asked for"
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            return None  # activations are being offloaded by somebody
+            return "somebody's hooks take what autograd saves (activation offloading)"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return None
+            return "several processes train together"
         ids = None
         if per_layer_input is not None:
-            ids = per_layer_input.graph_ids() if isinstance(per_layer_input, LayerInput) else None
-            if ids is None:
-                return None
+            if not isinstance(per_layer_input, LayerInput):
+                return "the layers take a per-layer input that is a tensor"
+            if isinstance(ids := per_layer_input.graph_ids(), str):
+                return ids
         return ids, mask, kwargs.get("position_ids")
 
     def _key_of(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> _Key:
@@ -495,6 +514,8 @@ class StackGraphs:
                 if not _is_out_of_memory(error):
                     failed = f"capturing failed: {str(error).splitlines()[0]}"
             if short <= 0:
+                self.idle = ""
+                self._tell(text, f"captured, for batches of {hidden.shape[0]} x {hidden.shape[1]}")
                 return True
             gc.collect()  # what failed may lie about in circles, and would count as taken
             self._release()

@@ -29,7 +29,7 @@ from gemma_accel.hostmemory import FileSlice, HostTable, Rows, StaleFileError, h
 from gemma_accel.kernels.ple import gather_rows, ple_gate
 from gemma_accel.patches.dtypes import why_not_dtype
 from gemma_accel.patches.norms import are_norms
-from gemma_accel.patches.projections import project_rows, rows_apart
+from gemma_accel.patches.projections import as_projection, project_rows, rows_apart
 from gemma_accel.patches.seams import ClassSwap, Fused
 
 __all__ = [
@@ -230,16 +230,23 @@ class LayerInput:
         """Whether these embeddings are what it is made from, and so stay as long as it does."""
         return self._inputs._embeds is embeds
 
-    def graph_ids(self) -> Tensor | None:
+    def graph_ids(self) -> Tensor | str:
         """The token ids, where the input can be made again from them and the embeddings alone, on
-        the device.
+        the device; otherwise the reason.
         """
         rows, table = self._inputs._rows, self._inputs.model.embed_tokens_per_layer
-        if not isinstance(rows, Rows) or self._inputs._whole_projection is not None:
-            return None
+        if not isinstance(rows, Rows):
+            return "the per-layer table is trained, or PEFT's"
+        if self._inputs._whole_projection is not None:
+            linear = self._inputs.model.per_layer_model_projection
+            why = as_projection(linear, self._inputs._embeds)
+            why = why if isinstance(why, str) else "it is trained"
+            return f"the context projection is stock's ({why})"
         if isinstance(rows, _ResidentRows):
             return rows.ids
-        return rows.ids if rows.read is None and type(table) is HostPerLayerEmbedding else None
+        if rows.read is not None or type(table) is not HostPerLayerEmbedding:
+            return "the CPU reads the per-layer table's rows"
+        return rows.ids
 
     def tensor(self) -> Tensor:
         """The input itself, by stock's arithmetic, for a layer that is not fused."""

@@ -119,7 +119,7 @@ class Comparison:
         if not row.ok:
             self.installation.put_out(patch)
         elif patch is graphs_patch and not (graphs := self.text.layers[0].graphs).captured:
-            why = graphs.off or "too little memory, or a kind of run that graphs do not serve"
+            why = graphs.off or graphs.idle
             return Row(*about, note=f"not tried: nothing was captured ({why})", tried=False)
         return row
 

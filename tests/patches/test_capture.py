@@ -20,7 +20,8 @@ from gemma_accel.patches.graphs import (
     _Modules,
     _Watch,
 )
-from tests.tiny import LANGUAGE, tiny_model
+from gemma_accel.patches.per_layer import _send_away
+from tests.tiny import LANGUAGE, batch, tiny_model
 
 
 class Tied(nn.Module):
@@ -297,3 +298,67 @@ class TestAnEvaluation:
         graphs._captured.waiting = lambda: self
         graphs._make_room(stack[0], hidden)
         assert graphs._captured is not None
+
+
+class TestAForwardThatGraphsDoNotServe:
+    """The report says why, for layers one by one are what a run without a word would be."""
+
+    def why(self, model, **changes):
+        """What the report says of the stack's graphs after a training forward, as on a card."""
+        text, seen = model.model.language_model, []
+        handle = text.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True
+        )
+        model.train()(**batch((9, 5)), use_cache=False)
+        handle.remove()
+        (_, *inputs), kwargs = seen[0]
+        if kwargs.get("attention_mask") is not None:  # the kernel's kind, which a card would get
+            kwargs["attention_mask"] = kwargs["attention_mask"].to(torch.int32)
+        said = []
+        text.memory.tell = lambda topic, what: said.append(f"{topic}: {what}")
+        layer, hidden = SimpleNamespace(layer_idx=0, training=True), SimpleNamespace(is_cuda=True)
+        graphs = StackGraphs(text)
+        for _ in range(2):  # said once
+            assert graphs.serve(layer, hidden, *inputs, **(kwargs | changes)) is None
+        (only,) = said
+        assert only == f"CUDA graphs: not used: {graphs.idle}"
+        return graphs.idle
+
+    @pytest.fixture
+    def model(self):
+        model = tiny_model("conditional", towers=False)
+        model.get_per_layer_input_embeddings().requires_grad_(False)
+        model.model.language_model.per_layer_model_projection.requires_grad_(False)
+        gemma_accel.apply(model)
+        return model
+
+    def test_of_rows_that_the_cpu_reads(self, model):
+        table = model.get_per_layer_input_embeddings()
+        _send_away(table)
+        assert self.why(model) == "the CPU reads the per-layer table's rows"
+
+    def test_of_a_table_that_is_trained(self, model):
+        model.get_per_layer_input_embeddings().requires_grad_(True)
+        assert self.why(model) == "the per-layer table is trained, or PEFT's"
+
+    def test_of_a_projection_that_is_not_read(self, model):
+        model.model.language_model.per_layer_model_projection.requires_grad_(True)
+        assert self.why(model) == "the context projection is stock's (it is trained)"
+        watched = model.model.language_model.per_layer_model_projection
+        watched.requires_grad_(False).register_forward_hook(lambda *_: None)
+        assert "hook" in self.why(model)
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"cache": object()}, "a cache of keys and values is filled"),
+            ({"attention_mask": torch.ones(2, 9)}, "its mask somebody's own"),
+            ({"output_hidden_states": True}, "output_hidden_states is asked for"),
+        ],
+    )
+    def test_of_what_is_asked_for(self, model, changes, reason):
+        assert reason in self.why(model, **changes)
+
+    def test_with_saved_tensors_hooks_of_somebody(self, model):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            assert "activation offloading" in self.why(model)
