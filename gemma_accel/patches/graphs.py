@@ -468,13 +468,13 @@ class StackGraphs:
             return "somebody's hooks take what autograd saves (activation offloading)"
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             return "several processes train together"
-        ids = None
-        if per_layer_input is not None:
-            if not isinstance(per_layer_input, LayerInput):
-                return "the layers take a per-layer input that is a tensor"
-            if isinstance(ids := per_layer_input.graph_ids(), str):
-                return ids
-        return ids, mask, kwargs.get("position_ids")
+        positions = kwargs.get("position_ids")
+        if per_layer_input is None:
+            return None, mask, positions
+        if not isinstance(per_layer_input, LayerInput):
+            return "the layers take a per-layer input that is a tensor"
+        ids = per_layer_input.graph_ids()
+        return ids if isinstance(ids, str) else (ids, mask, positions)
 
     def _key_of(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> _Key:
         modules = _found.get(text)
