@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import textwrap
@@ -27,7 +26,7 @@ from typing import Any
 
 from benchmarks import bench_media
 from benchmarks.losses import compare
-from benchmarks.works import CONFIGS, WORKS
+from benchmarks.works import WORKS, plan_of
 
 HERE = Path(__file__).parent
 CARD_GIB, USABLE_GIB = 8.0, 7.0
@@ -203,22 +202,6 @@ def _limit(entry: Entry) -> float:
 
 
 # -- what the planner says ------------------------------------------------------------------------
-
-
-@functools.cache
-def plan_of(work: str, limit: float | None, length: int | None = None) -> Any:
-    """The plan of a text work, or of its model with one row of another length."""
-    from gemma_accel.planner import plan
-
-    shape = WORKS[work]
-    return plan(
-        CONFIGS / f"{shape.model}.json",
-        vram_gib=limit,
-        batch_size=1 if length else shape.batch_size,
-        sequence_length=length or shape.sequence_length,
-        quantization="nf4" if shape.quantised else None,
-        lora_rank=shape.lora_rank,
-    )
 
 
 def parts(work: str, entry: Entry) -> dict[str, float] | None:

@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.works import WORKS
+from benchmarks.works import WORKS, plan_of
 from gemma_accel.telemetry import peak_tflops
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 TABLE = re.compile(
-    r"(<!-- (measured|media|attention|kernels): ([^>]+) -->\n).*?(<!-- /\2 -->)", re.S
+    r"(<!-- (measured|memory|media|attention|kernels): ([^>]+) -->\n).*?(<!-- /\2 -->)", re.S
 )
 
 STACKS = {"trl": "TRL", "liger": "TRL + Liger", "unsloth": "Unsloth"}
@@ -62,6 +62,29 @@ def _steps(files: list[Row]) -> Iterator[str]:
     return _lines(f"{head} | GPU busy, ms | against stock", rows)
 
 
+def _memory(files: list[Row]) -> Iterator[str]:
+    """Of each row what was measured, with `plan`'s figure behind it where there is a plan."""
+    head = "work | stack | reserved, GiB | planned | allocated | host | planned"
+    rows = []
+    for row in (row for file in files for row in file["rows"] if "error" not in row):
+        reserved, host = _planned(row)
+        held = row["host_gib"]["anonymous"] + row["host_gib"]["shared"]
+        figures = (row["peak_reserved_gib"], reserved, row["peak_allocated_gib"], held, host)
+        cells = ["" if gib is None else f"{gib:.2f}" for gib in figures]
+        rows.append([_work(row), _stack(row), *cells])
+    return _lines(head, rows)
+
+
+def _planned(row: Row) -> tuple[float | None, float | None]:
+    """The GiB that `plan` says of the card and of the host."""
+    made = plan_of(row["work"], row.get("vram_gib") or row["cap_gib"])
+    if row["stack"] == "trl":
+        return made.choices["alternatives"]["stock TRL, training"], None
+    if row["stack"] != "gemma_accel":
+        return None, None
+    return max(made.peak_gib, made.load_peak_gib), made.host_gib  # what loading took is kept
+
+
 def _media(files: list[Row]) -> Iterator[str]:
     head = "work | stack | load, GiB | training, GiB | step, s | launches"
     rows = [
@@ -93,7 +116,13 @@ def _kernels(files: list[Row]) -> Iterator[str]:
     return _lines("op | stock, us | Liger, us | here, us | times stock", rows)
 
 
-KINDS = {"measured": _steps, "media": _media, "attention": _attention, "kernels": _kernels}
+KINDS = {
+    "measured": _steps,
+    "memory": _memory,
+    "media": _media,
+    "attention": _attention,
+    "kernels": _kernels,
+}
 
 
 def _work(row: Row) -> str:

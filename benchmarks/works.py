@@ -6,11 +6,13 @@ Weights are random (nothing is downloaded): right for memory and speed, silent a
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from gemma_accel.telemetry import arithmetic, lora_weights
 
@@ -51,6 +53,22 @@ WORKS = {
 ADAPTED = (
     r".*language_model\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
+
+
+@functools.cache
+def plan_of(work: str, limit: float | None, length: int | None = None) -> Any:
+    """The plan of a text work, or of its model with one row of another length."""
+    from gemma_accel.planner import plan
+
+    shape = WORKS[work]
+    return plan(
+        CONFIGS / f"{shape.model}.json",
+        vram_gib=limit,
+        batch_size=1 if length else shape.batch_size,
+        sequence_length=length or shape.sequence_length,
+        quantization="nf4" if shape.quantised else None,
+        lora_rank=shape.lora_rank,
+    )
 
 
 def config_of(model: str):

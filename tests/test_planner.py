@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
-from benchmarks.works import ADAPTED, WORKS
+from benchmarks import works
+from benchmarks.works import ADAPTED
 from gemma_accel import planner
 from gemma_accel.errors import UnsupportedModelError
 from gemma_accel.memory import HEAD_TILE, Arrangement, Mode, between_layers_bytes, peak_bytes
@@ -52,13 +53,7 @@ def measured(stack):
 
 
 def plan_of(row):
-    return make(
-        row["model"],
-        vram_gib=row.get("vram_gib") or row.get("cap_gib"),
-        batch_size=row["batch_size"],
-        sequence_length=row["sequence_length"],
-        quantization="nf4" if WORKS[row["work"]].quantised else None,
-    )
+    return works.plan_of(row["work"], row.get("vram_gib") or row.get("cap_gib"))
 
 
 OURS, STOCK = measured("gemma_accel"), measured("trl")

@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import plots  # noqa: E402
 from benchmarks.learning_curve import CONTROL  # noqa: E402
-from benchmarks.works import WORKS  # noqa: E402
+from benchmarks.works import WORKS, plan_of  # noqa: E402
 
 CARD = "NVIDIA Test 8GB"
 VERSIONS = {"torch": "2.11.0", "trl": "1.15.0", "unsloth": "2026.10.9", "liger-kernel": "0.8.5"}
@@ -122,7 +122,7 @@ class TestWhatIsChosen:
 class TestParts:
     def test_they_add_up_to_what_is_predicted(self, results):
         found = entries(results, "W1")
-        made = plots.plan_of("W1", 3.0)
+        made = plan_of("W1", 3.0)
         ours = plots.parts("W1", found["gemma_accel, vram_gib=3"])
         assert sum(ours.values()) == pytest.approx(made.peak_gib)
         assert ours["per-layer table"] == ours["towers"] == 0
@@ -136,7 +136,7 @@ class TestParts:
     def test_no_component_is_forgotten(self):
         drawn = {name for _, names in plots.PARTS.values() for name in names}
         for work in ("W1", "W4", "W5"):
-            parts = plots.plan_of(work, 7.0).components
+            parts = plan_of(work, 7.0).components
             assert {name for name in parts if not name.endswith("(host)")} <= drawn
 
     def test_what_the_planner_does_not_know_is_not_split(self, results):
@@ -179,7 +179,7 @@ class TestDrawn:
 
     def test_length_has_points_and_curves_and_the_longest_row(self, drawn):
         figure = drawn[0]["length"]
-        longest = plots.plan_of("W1", 7.0, 64).longest_sequence
+        longest = plan_of("W1", 7.0, 64).longest_sequence
         assert any(f"{longest:,} tokens" in text for text in texts(figure))
         points = [tuple(p) for c in figure.axes[0].collections for p in c.get_offsets().tolist()]
         assert (4096, 8.57) in points and (65536, 6.9) in points
