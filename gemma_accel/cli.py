@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import logging
 import platform
@@ -41,6 +42,9 @@ def main() -> None:
 
         run.main(sys.argv[2:])
         return
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a check mark may not be in its encoding
+            stream.reconfigure(errors="replace")
     # bitsandbytes misses, on some CPUs, a package for inference on them: nothing to do with us
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
@@ -260,20 +264,23 @@ def _load(model: str, load_in_4bit: bool) -> Any:
 
     import gemma_accel.auto  # noqa: F401 - loads within 8 GB what stock would not
 
-    quantization = BitsAndBytesConfig(
+    config = _config(model)
+    four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         # as runs set it: left at float32, the projections would stay PEFT's
-        bnb_4bit_compute_dtype=_config(model).dtype,
+        bnb_4bit_compute_dtype=config.dtype,
     )
+    # not None, for which Transformers would forget how the checkpoint itself is quantised
+    options = {"quantization_config": four_bits} if load_in_4bit else {}
     try:
         network = AutoModelForCausalLM.from_pretrained(
             model,
             dtype="auto",
             device_map={"": 0} if torch.cuda.is_available() else None,
-            quantization_config=quantization if load_in_4bit else None,
+            **options,
         )
-    except OSError as error:  # a config without weights
+    except (OSError, RuntimeError, ValueError) as error:  # no weights, or others than the config's
         raise _unreadable(model, error) from error
     return get_peft_model(network, LoraConfig(r=16, target_modules=_LANGUAGE))

@@ -8,6 +8,7 @@ Media are never dropped or cut: a row whose media do not fit its text, or would 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -264,10 +265,17 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
     def _waveform(self, sound: Any, number: int = 0) -> np.ndarray:
         """A sound as one channel of samples at the extractor's rate, whole."""
         extractor = self.processor.feature_extractor
-        if isinstance(sound, str):
+        if isinstance(sound, str | os.PathLike):
             from transformers.audio_utils import load_audio
 
-            sound = load_audio(sound, sampling_rate=extractor.sampling_rate)
+            sound = load_audio(os.fspath(sound), sampling_rate=extractor.sampling_rate)
+        elif isinstance(sound, Mapping) and sound.get("array") is None:
+            raise ValueError(
+                f"audio {number} is not decoded: it has {', '.join(map(str, sound))}. Cast the "
+                f"column: dataset.cast_column('audio', "
+                f"datasets.Audio(sampling_rate={extractor.sampling_rate})), or give the files' "
+                "paths."
+            )
         elif isinstance(sound, Mapping) or hasattr(sound, "get_all_samples"):
             rate, sound = sound["sampling_rate"], sound["array"]
             if rate != (wanted := extractor.sampling_rate):
@@ -277,6 +285,11 @@ class DataCollatorForMultimodalLanguageModeling(DataCollatorMixin):
                     f"datasets.Audio(sampling_rate={wanted}))."
                 )
         wave = np.asarray(sound)
+        if wave.dtype.hasobject:
+            raise ValueError(
+                f"audio {number} is of type {type(sound).__name__}: expected a path, an array of "
+                "samples, or a row of datasets.Audio."
+            )
         if wave.dtype in _PCM:
             wave = wave / np.float32(-np.iinfo(wave.dtype).min)
         elif not np.issubdtype(wave.dtype, np.floating):

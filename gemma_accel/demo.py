@@ -395,8 +395,14 @@ def _claim(directory: Path) -> None:
         raise DemoError(
             f"{directory} exists and is not an earlier demo's. Give another: --directory NAME."
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / _MARK).touch()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / _MARK).touch()
+    except OSError as error:
+        raise DemoError(
+            f"nothing can be written to {directory} ({error.strerror}). Give another: "
+            "--directory NAME."
+        ) from error
 
 
 def _tiny(console: Console, directory: Path, steps: int) -> None:

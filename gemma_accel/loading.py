@@ -185,6 +185,9 @@ def _locate(
     if not tables:
         return load_config
     path, table = tables[0]
+    if "disk" in (load_config.device_map or {}).values():  # accelerate then asks for every tensor
+        _put_back(table)
+        return load_config
     if state_dict is None and not getattr(load_config, "disable_mmap", None):
         load.source = _find_table(checkpoint_files or [], tuple(table.weight.shape))
     if load.source is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -221,12 +222,12 @@ def _refuse_foreign(base: nn.Module) -> None:
     for path, module in base.named_modules():
         hook = getattr(module, "_hf_hook", None)
         if path and hook is not None:
+            fits = ", and import gemma_accel.auto before, which makes it fit"
             raise ForeignPatchError(
                 f"accelerate moves weights in and out at {path!r} ({type(hook).__name__}), as it "
-                "does for a device_map that spans the "
-                "CPU or several devices. Load the model on one device: device_map={'': 0}, or "
-                "import gemma_accel.auto first, "
-                "which makes it fit."
+                "does for a device_map that spans the CPU, the disk or several devices. Load the "
+                "model on one device: device_map={'': 0}"
+                f"{'' if 'gemma_accel.auto' in sys.modules else fits}."
             )
         forward = vars(module).get("forward")
         owner = getattr(forward, "__module__", None) or ""

@@ -11,6 +11,7 @@ launch` (as ``trl sft`` does) run this way too.
 
 from __future__ import annotations
 
+import builtins
 import functools
 import importlib.metadata
 import os
@@ -42,6 +43,9 @@ _OUTSIDE_IN = {
     "deepspeed": "deepspeed --module gemma_accel.run train.py",
 }
 
+# As Python starts a program; `exec`, and so runpy, would put the module's dictionary there.
+_BUILTINS = {"__builtins__": builtins}
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program that ``argv`` (default: the command line's arguments) names.
@@ -64,13 +68,18 @@ def main(argv: list[str] | None = None) -> None:
 def _run_script(path: str, arguments: list[str]) -> None:
     if os.path.isdir(path) or zipfile.is_zipfile(path) or path.endswith(".pyc"):
         _take_over([path, *arguments], os.path.abspath(path))
-        runpy.run_path(path, run_name="__main__")
+        runpy.run_path(path, _BUILTINS, run_name="__main__")
         return
     _take_over([path, *arguments], os.path.dirname(os.path.realpath(path)))
     # not by runpy, which takes `__main__` away again before threads and exit handlers are through
     program = types.ModuleType("__main__")
     where = os.path.join(os.getcwd(), path)  # as Python does, dots and all
-    vars(program).update(__file__=where, __loader__=SourceFileLoader("__main__", where))
+    vars(program).update(
+        __file__=where,
+        __cached__=None,
+        __loader__=SourceFileLoader("__main__", where),
+        **_BUILTINS,
+    )
     sys.modules["__main__"] = program
     with open(path, "rb") as source:
         code = compile(source.read(), where, "exec", dont_inherit=True)
@@ -80,7 +89,7 @@ def _run_script(path: str, arguments: list[str]) -> None:
 def _run_module(name: str, arguments: list[str]) -> None:
     _refuse_launcher(name)
     _take_over([name, *arguments], os.getcwd())
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    runpy.run_module(name, _BUILTINS, run_name="__main__", alter_sys=True)
 
 
 def _run_command(name: str, arguments: list[str]) -> NoReturn:

@@ -10,7 +10,13 @@ from types import ModuleType
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Gemma4Config, Gemma4ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Gemma4Config,
+    Gemma4ForConditionalGeneration,
+)
 
 from gemma_accel import demo
 from tests.test_run import EXAMPLE, ROOT, TRAINS, needs_training, python
@@ -80,6 +86,27 @@ def test_verify_gives_a_checkpoint_adapters(tmp_path):
     )
     trained = ast.literal_eval(python("-c", code, cwd=tmp_path).stdout.splitlines()[-1])
     assert trained and all(".lora_" in name and "_proj" in name for name in trained)
+
+
+def test_verify_takes_a_checkpoint_that_is_in_4_bits(tmp_path):
+    tiny_model("causal", hidden_size_per_layer_input=64).save_pretrained(tmp_path / "whole")
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole", quantization_config=four
+    ).save_pretrained(tmp_path / "model")
+    # a table's box and ellipsis are not in every encoding
+    variables = {"PYTHONIOENCODING": "latin-1", "COLUMNS": "60"}
+    done = gemma_accel("verify", "model", cwd=tmp_path, **variables)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "geglu" in done.stdout
+
+
+def test_a_checkpoint_of_other_shapes_is_one_clear_error(tmp_path):
+    tiny_model("causal").save_pretrained(tmp_path / "model")
+    tiny_model("causal", hidden_size=32).config.save_pretrained(tmp_path / "model")
+    done = gemma_accel("verify", "model", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "gemma-accel: expected a model's directory" in done.stderr
 
 
 def test_verify_in_4_bits_looks_at_the_fused_projections(tmp_path):
@@ -175,6 +202,14 @@ def test_a_demo_refuses_somebody_elses_directory(monkeypatch, capsys, tmp_path):
         monkeypatch, capsys, "--directory", str(tmp_path)
     )
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("inside", ["a file", "no filesystem for files"])
+def test_a_demo_that_cannot_write_says_so(monkeypatch, capsys, tmp_path, inside):
+    (tmp_path / "file").touch()
+    where = tmp_path / "file" / "x" if inside == "a file" else Path("/proc/x")
+    text = refusal(monkeypatch, capsys, "--directory", str(where))
+    assert "nothing can be written to" in text and "--directory NAME" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")

@@ -257,6 +257,15 @@ WRONG = {
         {"text": "<|audio|>", "audio": {"array": sound(), "sampling_rate": 44_100}},
         r"sampled at 44100 Hz.*cast_column",
     ),
+    "not decoded": (
+        {"text": "<|audio|>", "audio": {"bytes": b"RIFF", "path": None}},
+        r"audio 0 is not decoded: it has bytes, path.*cast_column",
+    ),
+    "decoded to nothing": (
+        {"text": "<|audio|>", "audio": {"array": None, "sampling_rate": 16_000}},
+        "audio 0 is not decoded",
+    ),
+    "no sound at all": ({"text": "<|audio|>", "audio": [object()]}, "audio 0 is of type list: expected a path"),
     "two channels": (
         {"text": "<|audio|>", "audio": np.zeros((2, 8000))},
         r"one channel.*\(2, 8000\)",

@@ -24,7 +24,7 @@ from transformers import (
 
 import gemma_accel
 from gemma_accel import hostmemory
-from gemma_accel.errors import RestoreError
+from gemma_accel.errors import ForeignPatchError, RestoreError
 from gemma_accel.hostmemory import FileSlice, HostTable, StaleFileError
 from gemma_accel.loading import find_tensors, install_load_path
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding
@@ -147,6 +147,20 @@ class TestLoading:
             model = stock(checkpoint, device_map=device_map)
             assert isinstance(table_of(model).host.source, torch.Tensor)
             assert torch.equal(logits(model), expected)
+
+    def test_offloaded_to_disk_it_is_left_to_accelerate(self, tmp_path, request):
+        tiny_model("causal").save_pretrained(tmp_path / "model")
+
+        def load(name):
+            kwargs = {"device_map": {"": "disk"}, "offload_folder": tmp_path / name}
+            return stock(tmp_path / "model", **kwargs)
+
+        expected = logits(load("stock"))
+        request.getfixturevalue("load_path")
+        model = load("ours")
+        assert torch.equal(logits(model), expected)
+        with pytest.raises(ForeignPatchError, match="spans the CPU, the disk"):
+            gemma_accel.apply(model)
 
     def test_a_class_that_apply_does_not_take_loads_the_stock_way(self, checkpoint, load_path):
         whole = stock(checkpoint)
@@ -310,6 +324,13 @@ class TestTable:
         model.to(torch.bfloat16)
         assert table_of(model)(ids).dtype == torch.bfloat16
         logits(model)
+
+    def test_on_meta_nothing_is_left_of_it(self, model):
+        host = table_of(model).host
+        model.to("meta")
+        assert {p.device.type for p in model.parameters()} == {"meta"}
+        assert type(table_of(model)) is HostPerLayerEmbedding.stock
+        assert host._opened is None  # the file
 
     def test_freezing_by_name_reaches_it(self, model):
         for name, parameter in model.named_parameters():

@@ -73,6 +73,7 @@ def end(how):
         raise KeyboardInterrupt
 
 assert sys.modules["__main__"].__dict__ is globals()
+print(type(__builtins__), "__cached__" in globals())
 assert type(pickle.loads(pickle.dumps(Local()))) is Local
 print(__name__, __file__, getattr(__spec__, "name", None))
 print(sys.argv, sys.path[0], os.getcwd())

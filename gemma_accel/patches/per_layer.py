@@ -113,6 +113,10 @@ class HostPerLayerEmbedding(Fused, Gemma4TextScaledWordEmbedding):
             converted = fn(torch.empty(0, dtype=self._output_dtype, device=self.embed_scale.device))
             if converted.is_floating_point():
                 self._output_dtype = converted.dtype
+            if converted.is_meta:  # so a model is let go of: nothing is left, here as elsewhere
+                empty = torch.empty_like(self.weight, dtype=self._output_dtype, device="meta")
+                self.weight = nn.Parameter(empty, requires_grad=self.weight.requires_grad)
+                _become_stock(self)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -415,6 +419,11 @@ def _bring_back(table: Any, device: torch.device) -> None:
     weight = torch.empty(table.weight.shape, dtype=table._output_dtype, device=device)
     weight.copy_(table.weight.detach())
     table.weight.data = weight  # the same Parameter: an optimizer may have it already
+    _become_stock(table)
+
+
+def _become_stock(table: Any) -> None:
+    """Its weight is a Parameter of its own by now."""
     table.host.close()
     for name in ("host", "_bound", "_output_dtype"):
         table.__dict__.pop(name, None)

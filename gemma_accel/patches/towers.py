@@ -107,7 +107,7 @@ _PARKED = _Parked()
 def _apply(tower: Any, fn: Any, recurse: bool = True) -> nn.Module:
     """`model.to(device)` passes a parked tower by; a change of dtype does not."""
     probe = fn(torch.empty(0, device="cpu", dtype=next(tower.parameters()).dtype))
-    if probe.device.type == "cpu":
+    if probe.device.type in ("cpu", "meta"):
         return type(tower)._apply(tower, fn, recurse)
     return type(tower)._apply(tower, lambda x: _cast(x, probe.dtype), recurse)
 
