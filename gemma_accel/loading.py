@@ -57,6 +57,7 @@ class _Loads(threading.local):
 
 
 _loads = _Loads()
+_one_at_a_time = threading.Lock()  # a class's `__init__` is exchanged meanwhile
 
 
 @dataclasses.dataclass
@@ -84,7 +85,7 @@ def install_load_path() -> Callable[[], None]:
         nested = _loads.current is not None
         if nested or is_deepspeed_zero3_enabled() or not issubclass(cls, SUPPORTED):
             return stock_from_pretrained(cls, *args, **kwargs)
-        with _table_left_out():
+        with _one_at_a_time, _table_left_out():
             result = stock_from_pretrained(cls, *args, **kwargs)
             _finish(result[0] if isinstance(result, tuple) else result)
         return result

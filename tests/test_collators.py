@@ -265,7 +265,7 @@ WRONG = {
         {"text": "<|audio|>", "audio": {"array": None, "sampling_rate": 16_000}},
         "audio 0 is not decoded",
     ),
-    "no sound at all": ({"text": "<|audio|>", "audio": [object()]}, "0 is of type object: expected"),
+    "no sound at all": ({"text": "<|audio|>", "audio": [object()]}, "0 is of type object: expect"),
     "two channels": (
         {"text": "<|audio|>", "audio": np.zeros((2, 8000))},
         r"one channel.*\(2, 8000\)",

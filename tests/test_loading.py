@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     BitsAndBytesConfig,
     Gemma4ForConditionalGeneration,
 )
+from transformers.models.gemma4.modeling_gemma4 import Gemma4TextModel
 
 import gemma_accel
 from gemma_accel import hostmemory
@@ -147,6 +149,15 @@ class TestLoading:
             model = stock(checkpoint, device_map=device_map)
             assert isinstance(table_of(model).host.source, torch.Tensor)
             assert torch.equal(logits(model), expected)
+
+    def test_loads_in_threads_do_not_meet(self, checkpoint, request):
+        expected = logits(stock(checkpoint))
+        request.getfixturevalue("load_path")
+        made = Gemma4TextModel.__init__
+        with ThreadPoolExecutor(3) as pool:
+            models = list(pool.map(stock, [checkpoint] * 3))
+        assert Gemma4TextModel.__init__ is made
+        assert all(torch.equal(logits(model), expected) for model in models)
 
     def test_offloaded_to_disk_it_is_left_to_accelerate(self, tmp_path, request):
         tiny_model("causal").save_pretrained(tmp_path / "model")
