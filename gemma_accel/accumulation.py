@@ -17,7 +17,6 @@ found here to be right.
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import warnings
@@ -33,6 +32,7 @@ from transformers.trainer_utils import unwrap_peft_model
 from gemma_accel.hookspecs import Undo
 from gemma_accel.inputs import IGNORED
 from gemma_accel.patches.seams import set_attribute
+from gemma_accel.trials import untouched
 
 __all__ = [
     "MICRO_BATCHES_WEIGH_THE_SAME",
@@ -45,6 +45,7 @@ __all__ = [
     "gemma4",
     "has_own_loss",
     "name_of",
+    "reads_embeddings",
     "sees_to_itself",
     "steps_by_itself",
     "stock_flag",
@@ -143,6 +144,12 @@ def sees_to_itself(trainer: Any) -> bool:
 
 def _is_trls(trainer: Any) -> bool:
     return any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)
+
+
+def reads_embeddings(trainer: Any) -> bool:
+    """Whether code of a user's own may ask for a gradient there: of its loss, or its steps."""
+    step = getattr(type(trainer).training_step, "__module__", None) or ""
+    return step.split(".")[0] not in ("transformers", "trl") or has_own_loss(trainer)
 
 
 def has_own_loss(trainer: Any) -> bool:
@@ -372,18 +379,15 @@ class OwnLoss:
     @contextlib.contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Each trial draws the same random numbers (dropout), training those it would have drawn;
-        what TRL sums up for its logs stays as it was.
+        what the trainer and the loss sum up for their logs stays as it was.
         """
-        state = vars(self.trainer)
-        sums = ("_metrics", "_total_train_tokens")
-        kept = {name: copy.deepcopy(state[name]) for name in sums if name in state}
         cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(list(cards)):
+        with (
+            torch.random.fork_rng(list(cards)),
+            untouched(self.trainer, self.trainer.compute_loss_func),
+        ):
             torch.manual_seed(0)
-            try:
-                yield
-            finally:
-                state.update(kept)
+            yield
 
     def _tell(self) -> None:
         name = name_of(self.trainer)

@@ -25,6 +25,7 @@ from gemma_accel.accumulation import (
     gemma4,
     has_own_loss,
     name_of,
+    reads_embeddings,
     sees_to_itself,
     steps_by_itself,
     stock_flag,
@@ -105,12 +106,12 @@ class GradientAccumulationCallback(TrainerCallback):
             warn_without_trainer(args, kwargs.get("model"))
             return
         _check_tables(trainer.model)
+        if self._report is not None and not reads_embeddings(trainer):
+            self._undos.extend(_spare_the_frozen_bottom(trainer.model, self._note))
         self._correct(trainer, args)
         self._wrap(trainer, "training_step", partial(self._training_step, trainer.training_step))
         self._wrap(trainer, "prediction_step", partial(self._step, trainer.prediction_step))
         self._wrap(trainer, "log", partial(self._log, trainer.log))
-        if self._report is not None:
-            self._undos.extend(_spare_the_frozen_bottom(trainer.model, self._note))
         self._utilisation = Utilisation(trainer)
         self._pace.begin()
 
@@ -312,7 +313,8 @@ def _spare_the_frozen_bottom(model: Any, note: Callable[[str, str], None]) -> li
     for module in modules:
         hooks = module._forward_hooks
         forcing = {key: hook for key, hook in hooks.items() if _forces_grad(hook)}
-        if forcing:
+        # a hook of somebody's own may look at the output's gradient
+        if forcing and all(map(_is_theirs, hooks.values())):
             for key in forcing:
                 del hooks[key]
             undos.append(Undoing(partial(hooks.update, forcing), lambda: None))
@@ -332,6 +334,9 @@ def _checkpoints_reentrantly(module: nn.Module) -> bool:
 
 
 def _forces_grad(hook: Any) -> bool:
-    name = getattr(hook, "__name__", "")
+    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad") and _is_theirs(hook)
+
+
+def _is_theirs(hook: Any) -> bool:
     home = (getattr(hook, "__module__", None) or "").split(".")[0]
-    return name.startswith("make_inputs_require_grad") and home in ("transformers", "peft", "trl")
+    return home in ("transformers", "peft", "trl")

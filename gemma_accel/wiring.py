@@ -272,7 +272,8 @@ def _attach(trainer: Any, report: Report) -> None:
     from gemma_accel.accumulation import has_own_loss
     from gemma_accel.callback import GradientAccumulationCallback
     from gemma_accel.inputs import CheckedIds
-    from gemma_accel.patches.lm_head import FULL_LOGITS
+    from gemma_accel.patches.attention import belongs_to_trainer
+    from gemma_accel.patches.lm_head import FULL_LOGITS, serves_losses
 
     guards.check_trainer(trainer, report)
     callbacks = trainer.callback_handler.callbacks
@@ -282,6 +283,8 @@ def _attach(trainer: Any, report: Report) -> None:
         trainer.add_callback(callback)
     callback.attach(trainer, report=report)
     base = base_model(trainer.model)
+    if serves_losses(base):  # whose forward tells of caches
+        belongs_to_trainer(text_model(base))
     vars(base).pop(FULL_LOGITS, None)  # the trainer before this one set it
     if type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl"):
         setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits

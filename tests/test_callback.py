@@ -746,6 +746,37 @@ class Hooks(TrainerCallback):
         self.counts.append(len(self.module._forward_hooks))
 
 
+class Saliency(Trainer):
+    """Reads a gradient at the embeddings, for which the user has asked for one there."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        seen = []
+        module = model.get_input_embeddings()
+        handle = module.register_forward_hook(lambda *hook: seen.append(hook[-1]))
+        loss = model(**inputs).loss
+        handle.remove()
+        seen[0].retain_grad()
+        return loss
+
+
+@pytest.mark.parametrize("how", ["own loss", "own hook"])
+def test_gradients_at_the_embeddings_that_somebody_reads_are_there(how):
+    import gemma_accel
+
+    model = tiny_model("causal", **SMALL)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*\.down_proj"))
+    gemma_accel.apply(model)
+    model.enable_input_require_grads()
+    seen = []
+    if how == "own hook":
+        model.get_input_embeddings().register_forward_hook(
+            lambda *hook: seen.append(hook[-1].requires_grad)
+        )
+    trainer, _ = build(Saliency if how == "own loss" else Trainer, model, steps=1)
+    trainer.train()
+    assert all(seen)
+
+
 def test_reentrant_checkpointing_keeps_its_hooks():
     model = tiny_model("causal", **{**SMALL, "num_kv_shared_layers": 0})
     model = get_peft_model(model, LoraConfig(r=4, target_modules=r".*\.down_proj"))

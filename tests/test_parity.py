@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 import gemma_accel
 from tests.tiny import LANGUAGE, batch, tiny_model
@@ -268,3 +269,80 @@ def test_autocast_is_no_less_accurate_than_stock():
         errors.append(row)
     stock, ours = torch.tensor(errors).mean(0).tolist()
     assert ours <= stock * 1.1, (ours, stock)
+
+
+def _relu(name):
+    def change(model):
+        model.get_submodule(name).act_fn = nn.ReLU()
+
+    return change
+
+
+def _by_a_hook(name):
+    def change(model):
+        model.get_submodule(name).register_forward_hook(lambda *hook: 0.5 * hook[-1] + 0.1)
+
+    return change
+
+
+def _head_bound_over(model):
+    head = model.lm_head
+    head.forward = lambda x: 0.5 * nn.Linear.forward(head, x)
+
+
+def _window(length):
+    def change(model):
+        model.config.get_text_config().sliding_window = length
+
+    return change
+
+
+OF_ONES_OWN = {
+    "ReLU in the MLP": _relu("model.layers.1.mlp"),
+    "ReLU in the per-layer gate": _relu("model.layers.1"),
+    "a hook on the MLP's activation": _by_a_hook("model.layers.0.mlp.act_fn"),
+    "a hook on the gate's activation": _by_a_hook("model.layers.0.act_fn"),
+    "a hook on the values' norm": _by_a_hook("model.layers.0.self_attn.v_norm"),
+    "a hook on the per-layer table": _by_a_hook("model.embed_tokens_per_layer"),
+    "a hook on the head": _by_a_hook("lm_head"),
+    "a forward over the head's": _head_bound_over,
+    "a shorter window": _window(3),
+    "a longer window": _window(64),
+    "float64": lambda model: model.double(),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", OF_ONES_OWN.values(), ids=OF_ONES_OWN.keys())
+def test_what_somebody_changed_is_what_runs(change, when):
+    """Trained and evaluated, whatever the config says of it."""
+    stock, ours = (tiny_model("causal", num_kv_shared_layers=1) for _ in range(2))
+    unchanged = gradients(stock, batch())[0].loss
+    for model in (stock, ours):
+        model.get_per_layer_input_embeddings().requires_grad_(False)
+    if when == "after":
+        gemma_accel.apply(ours)
+    change(stock)
+    change(ours)
+    if when == "before" and ours.dtype is not torch.float64:
+        gemma_accel.apply(ours)
+    expected, of_stock = gradients(stock, batch())
+    out, of_ours = gradients(ours, batch())
+    assert abs(expected.loss - unchanged) > 1e-4 or ours.dtype is torch.float64
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=0.0)
+    assert of_ours.keys() == of_stock.keys()
+    assert all(relative(of_ours[n], of_stock[n]) < 1e-3 for n in of_stock)
+    with torch.no_grad():
+        got, want = (model.eval()(**batch()).loss for model in (ours, stock))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0.0)
+
+
+def test_dropout_set_on_the_attention_modules_is_drawn():
+    for applied in (False, True):
+        model = tiny_model("causal")
+        if applied:
+            gemma_accel.apply(model)
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.5
+        model.train()
+        assert model(**batch()).loss != model(**batch()).loss

@@ -18,7 +18,7 @@ import contextlib
 import functools
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -39,7 +39,14 @@ from gemma_accel.kernels.segments import (
 from gemma_accel.memory import layer_shapes
 from gemma_accel.patches.seams import Fused, Undoing
 
-__all__ = ["NAME", "attention_patch", "trained_on", "unpack", "warn_of_stock"]
+__all__ = [
+    "NAME",
+    "attention_patch",
+    "belongs_to_trainer",
+    "trained_on",
+    "unpack",
+    "warn_of_stock",
+]
 
 
 class _Name(str):
@@ -56,16 +63,36 @@ class _Name(str):
 
 NAME = _Name("gemma_accel")
 _labels: ContextVar[Tensor | None] = ContextVar("labels", default=None)
+_fills_cache: ContextVar[bool | None] = ContextVar("fills_cache", default=None)
+_trainers: dict[int, Callable[[], Any]] = {}
+"""By their ids, the configs of models that a Trainer has."""
 
 
 @contextlib.contextmanager
-def trained_on(labels: Tensor | None) -> Iterator[None]:
-    """A forward whose loss is that of ``labels`` [B, T]."""
-    token = _labels.set(labels)
+def trained_on(labels: Tensor | None, *, fills_cache: bool | None = None) -> Iterator[None]:
+    """A forward whose loss is that of ``labels`` [B, T], and which fills a cache or does not, where
+    that is known.
+    """
+    tokens = _labels.set(labels), _fills_cache.set(fills_cache)
     try:
         yield
     finally:
-        _labels.reset(token)
+        _labels.reset(tokens[0])
+        _fills_cache.reset(tokens[1])
+
+
+def belongs_to_trainer(text: nn.Module) -> None:
+    """From here on a forward of ``text`` that says nothing fills no cache: TRL's log-probabilities
+    come from the backbone, past the forward that knows.
+    """
+    _trainers[id(text.config)] = weakref.ref(text.config)
+
+
+def _may_fill_cache(config: Any) -> bool:
+    if (told := _fills_cache.get()) is not None:
+        return told
+    known = _trainers.get(id(config))
+    return known is None or known() is not config
 
 
 def mask(
@@ -102,7 +129,7 @@ def mask(
     elif config is not None:
         reason = _config_refused(config, torch.device(device), kwargs.get("dtype"))
     if reason is None and padding is not None and not padding.none:
-        reason = padding.refused(q_length)
+        reason = padding.refused(q_length, _may_fill_cache(config))
     if reason is not None:
         if torch.is_grad_enabled():
             warn_of_stock(reason)
@@ -188,21 +215,22 @@ class _Padding(NamedTuple):
     last_is_token: bool
     labelled: bool
 
-    def refused(self, length: int) -> str | None:
+    def refused(self, length: int, may_fill_cache: bool) -> str | None:
         """Why segments do not describe it.
 
         `generate` from right-padded prompts reads what a padding position predicts, as stock
-        computes it; segments let padding see nothing. So where no gradient is asked for, right
-        padding gets stock's mask, up to the length where that mask costs more than it is worth (16
-        MiB a row at 4,096).
+        computes it; segments let padding see nothing. So where no gradient is asked for and a cache
+        is filled, right padding gets stock's mask, up to the length where that mask costs more than
+        it is worth (16 MiB a row at 4,096). Not where none is filled: log-probabilities of a
+        reference, or of an earlier policy, have to come the way the trained ones do.
         """
         if not self.at_ends:
             return "the attention mask has holes in the middle of a row"
         if self.labelled:  # stock lets padding see the row's tokens
             return "padding has labels, and is trained on; set them to -100 if that is not meant"
-        if self.last_is_token or torch.is_grad_enabled() or length > 4096:
+        if self.last_is_token or torch.is_grad_enabled() or not may_fill_cache or length > 4096:
             return None
-        return "padding on the right, and no gradient is asked for"
+        return "padding on the right, and a cache is filled"
 
 
 def _padding(mask: Tensor, labels: Tensor | None) -> _Padding:
@@ -253,7 +281,9 @@ def attend(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     segments = None if attention_mask is None else unpack(attention_mask)
-    if query.shape[2] != key.shape[2]:
+    if sliding_window is not None:  # as stock's mask has it, and not as it was at the beginning
+        sliding_window = module.config.sliding_window
+    if query.shape[2] != key.shape[2] or dropout:
         # generation, or `logits_to_keep`, needs the last positions only of the layers that share
         # keys
         dense = _dense(query.shape[2], key.shape[2], sliding_window, segments, query.device)

@@ -30,6 +30,7 @@ from gemma_accel.kernels.clip_norm import clip_norm
 from gemma_accel.kernels.clip_norm_add import clip_norm_add
 from gemma_accel.kernels.clip_silu import clip_silu
 from gemma_accel.kernels.light_conv import light_conv
+from gemma_accel.patches.activations import why_not_silu
 from gemma_accel.patches.clipped import (
     FusedGemma4ClippableLinear,
     TowerLora,
@@ -137,7 +138,7 @@ class FusedGemma4AudioFeedForward(Fused, Gemma4AudioFeedForward):
     def forward(self, hidden_states: Tensor) -> Any:
         own = self.ffw_layer_1, self.ffw_layer_2
         before, after = self.pre_layer_norm, self.post_layer_norm
-        if watched(*own) or not are_norms(before, after):
+        if watched(*own) or not are_norms(before, after) or why_not_silu(self.act_fn) is not None:
             return super().forward(hidden_states)
         first, second = held(self, own, hidden_states.dtype)
         x = clip_norm(
@@ -192,6 +193,7 @@ class FusedGemma4AudioLightConv1d(Fused, Gemma4AudioLightConv1d):
             type(self.depthwise_conv1d) is Gemma4AudioCausalConv1d
             and not self.depthwise_conv1d._forward_hooks
             and are_norms(self.pre_layer_norm, self.conv_norm)
+            and why_not_silu(self.act_fn) is None
             and not watched(*self._own())
         )
 
@@ -274,9 +276,7 @@ def _why_not_attention(attention: Gemma4AudioAttention) -> str | None:
 
 
 def _why_not_feed_forward(module: Any) -> str | None:
-    if (activation := module.config.hidden_act) != "silu":
-        return f"activation is {activation!r}; the kernel computes 'silu'"
-    return why_not_dtype(module.pre_layer_norm.weight)
+    return why_not_silu(module.act_fn) or why_not_dtype(module.pre_layer_norm.weight)
 
 
 def _why_not_conv(module: Gemma4AudioLightConv1d) -> str | None:

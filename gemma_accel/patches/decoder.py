@@ -31,12 +31,13 @@ from gemma_accel.kernels.geglu import geglu
 from gemma_accel.kernels.norm_add import norm_add
 from gemma_accel.kernels.qk_norm_rope import qkv_norm_rope
 from gemma_accel.kernels.rms_norm import rms_norm
+from gemma_accel.patches.activations import why_not_gelu
 from gemma_accel.patches.dropout import draws
 from gemma_accel.patches.dtypes import why_not_dtype
 from gemma_accel.patches.head_groups import attend_in_groups, readable_by_heads, rotary_pairs
 from gemma_accel.patches.norms import are_norms
 from gemma_accel.patches.per_layer import LayerInput
-from gemma_accel.patches.seams import ClassSwap, Fused, is_watched
+from gemma_accel.patches.seams import ClassSwap, Fused
 
 __all__ = [
     "FusedGemma4TextAttention",
@@ -172,8 +173,9 @@ class FusedGemma4TextAttention(Fused, Gemma4TextAttention):
 
     def why_stock(self) -> str | None:
         """Why its own forward has to run now, if so."""
-        own = are_norms(self.q_norm) and (self.is_kv_shared_layer or are_norms(self.k_norm))
-        return None if own else _NORMS
+        shared = self.is_kv_shared_layer
+        norms = (self.q_norm,) if shared else (self.q_norm, self.k_norm, self.v_norm)
+        return None if are_norms(*norms) else _NORMS
 
     def _qkv(
         self, hidden_states: Tensor, cos: Tensor, sin: Tensor
@@ -218,13 +220,12 @@ class FusedGemma4TextMLP(Fused, Gemma4TextMLP):
     tile: int | None = 8192
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if is_watched(self.act_fn) else self.project.gated_mlp(self, x)
+        own = why_not_gelu(self.act_fn) is not None
+        return super().forward(x) if own else self.project.gated_mlp(self, x)
 
 
 def _why_not_mlp(mlp: Gemma4TextMLP) -> str | None:
-    if (activation := mlp.config.hidden_activation) != "gelu_pytorch_tanh":
-        return f"activation is {activation!r}; the kernel computes 'gelu_pytorch_tanh'"
-    return None
+    return why_not_gelu(mlp.act_fn)
 
 
 _LAYER_NORMS = (
@@ -340,6 +341,8 @@ class FusedGemma4TextDecoderLayer(Fused, Gemma4TextDecoderLayer):
             return "the layer's scalar is trained"
         norms = [getattr(self, name) for name in _LAYER_NORMS]
         if self.hidden_size_per_layer_input:
+            if (reason := why_not_gelu(self.act_fn)) is not None:
+                return reason
             norms.append(self.post_per_layer_input_norm)
         return None if are_norms(*norms) else _NORMS
 
@@ -356,10 +359,8 @@ def _joint(x: Tensor, residual: Tensor, norm: Gemma4RMSNorm, **extra: Any) -> An
 def _why_not_layer(layer: Gemma4TextDecoderLayer) -> str | None:
     if layer.enable_moe_block:
         return "the layer has a mixture-of-experts block; its norms alone are fused"
-    if layer.hidden_size_per_layer_input:
-        activation = layer.config.hidden_activation
-        if activation != "gelu_pytorch_tanh":
-            return f"activation is {activation!r}; the kernel computes 'gelu_pytorch_tanh'"
+    if layer.hidden_size_per_layer_input and (reason := why_not_gelu(layer.act_fn)) is not None:
+        return reason
     return why_not_dtype(layer.input_layernorm.weight)
 
 
@@ -370,6 +371,8 @@ def left_to_stock(base: nn.Module) -> Iterator[tuple[str, str, str]]:
             patch, reason = decoder_layer_patch, module.why_stock()
         elif isinstance(module, FusedGemma4TextAttention):
             patch, reason = qk_norm_rope_patch, module.why_stock()
+        elif isinstance(module, FusedGemma4TextMLP):
+            patch, reason = geglu_patch, why_not_gelu(module.act_fn)
         else:
             continue
         if reason is not None:

@@ -312,6 +312,7 @@ class _Key(NamedTuple):
     state: tuple[Any, ...]
     hooked: bool
     checkpointing: tuple[bool, ...]
+    window: int | None
     table: Any
     budget: tuple[int | None, int]
 
@@ -459,7 +460,7 @@ class StackGraphs:
             return "a cache of keys and values is filled"
         if mask is not None and mask.dtype != torch.int32:
             return "attention is stock's, or its mask somebody's own"
-        if text.config.attention_dropout:
+        if any(layer.self_attn.attention_dropout for layer in text.layers):
             return "attention has dropout"
         for name in ("output_attentions", "output_hidden_states", "return_shared_kv_states"):
             if kwargs.get(name):
@@ -488,6 +489,7 @@ class StackGraphs:
             state=modules.state(),
             hooked=modules.hooked(),
             checkpointing=tuple(layer.gradient_checkpointing for layer in text.layers),
+            window=text.config.sliding_window,
             table=_identity_of_table(getattr(text, "embed_tokens_per_layer", None)),
             budget=(text.memory.budget, text.memory.fixed),
         )

@@ -27,9 +27,9 @@ from transformers.models.gemma4.modeling_gemma4 import (
 
 from gemma_accel.hookspecs import Patch
 from gemma_accel.patches.attention import trained_on
-from gemma_accel.patches.seams import Undoing
+from gemma_accel.patches.seams import Undoing, is_watched
 
-__all__ = ["FULL_LOGITS", "lm_head_patch", "set_head_tile"]
+__all__ = ["FULL_LOGITS", "lm_head_patch", "serves_losses", "set_head_tile"]
 
 FULL_LOGITS = "_gemma_accel_full_logits"
 """Set on the model where a trainer's own loss reads the logits: then they are computed as stock
@@ -134,7 +134,8 @@ def _serves(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return False
     if model.loss_function is not ForCausalLMLoss:
         return False
-    return type(model.get_output_embeddings()) is nn.Linear and _head_runs_on(ids.device.type)
+    head = model.get_output_embeddings()
+    return type(head) is nn.Linear and not is_watched(head) and _head_runs_on(ids.device.type)
 
 
 @functools.cache
@@ -163,7 +164,7 @@ def _forward_of(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with trained_on(kwargs.get("labels")):
+        with trained_on(kwargs.get("labels"), fills_cache=_fills_cache(self, kwargs)):
             return run(self, *args, **kwargs)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -180,6 +181,18 @@ def _forward_of(kind: Any) -> Any:
         return _LossOutput(known)
 
     return forward
+
+
+def _fills_cache(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Or may as well: `generate` without one, which asks for a single position, reads the same."""
+    if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
+        return True
+    kept = kwargs.get("logits_to_keep")
+    if isinstance(kept, int) and kept == 1:
+        return True
+    if (asked := kwargs.get("use_cache")) is None:
+        asked = getattr(model.config.get_text_config(), "use_cache", True)
+    return bool(asked)
 
 
 class _Headed:
@@ -273,6 +286,11 @@ class LMHeadPatch(Patch):
                 module.forward = before
 
         return Undoing(run, lambda: None)
+
+
+def serves_losses(model: nn.Module) -> bool:
+    """Whether the patch is in."""
+    return _ON in vars(model)
 
 
 def _turn_off(module: Any) -> None:

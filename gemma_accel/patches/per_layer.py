@@ -30,7 +30,7 @@ from gemma_accel.kernels.ple import gather_rows, ple_gate
 from gemma_accel.patches.dtypes import why_not_dtype
 from gemma_accel.patches.norms import are_norms
 from gemma_accel.patches.projections import as_projection, project_rows, rows_apart
-from gemma_accel.patches.seams import ClassSwap, Fused
+from gemma_accel.patches.seams import ClassSwap, Fused, is_watched
 
 __all__ = [
     "FusedGemma4TextModel",
@@ -240,7 +240,7 @@ class LayerInput:
         """
         rows, table = self._inputs._rows, self._inputs.model.embed_tokens_per_layer
         if not isinstance(rows, Rows):
-            return "the per-layer table is trained, or PEFT's"
+            return "the per-layer table is trained, PEFT's, or watched"
         if self._inputs._whole_projection is not None:
             linear = self._inputs.model.per_layer_model_projection
             why = as_projection(linear, self._inputs._embeds)
@@ -341,10 +341,11 @@ class FusedGemma4TextModel(Fused, Gemma4TextModel):
         table = self.embed_tokens_per_layer
         if input_ids is None or not are_norms(self.per_layer_projection_norm):
             return super().get_per_layer_inputs(input_ids, inputs_embeds)
-        known = type(table) in (Gemma4TextScaledWordEmbedding, HostPerLayerEmbedding)
-        if not known or (table.weight.requires_grad and torch.is_grad_enabled()):
-            # trained, or wrapped by PEFT: its own forward, whole rows, with a gradient; they come
-            # scaled
+        read = type(table) in (Gemma4TextScaledWordEmbedding, HostPerLayerEmbedding)
+        read = read and not is_watched(table) and why_not_dtype(table.weight) is None
+        if not read or (table.weight.requires_grad and torch.is_grad_enabled()):
+            # trained, wrapped by PEFT, or watched: its own forward, whole rows, with a gradient;
+            # they come scaled
             return PerLayerInputs(self, table(input_ids), 1.0)
         if type(table) is HostPerLayerEmbedding:
             return PerLayerInputs(self, table.fetch(input_ids), table.scalar_embed_scale)

@@ -33,6 +33,7 @@ from gemma_accel.kernels.clip_norm import clip_norm
 from gemma_accel.kernels.clip_norm_add import clip_norm_add
 from gemma_accel.kernels.vision_attention import supported, vision_attention
 from gemma_accel.kernels.vision_qkv import vision_qkv
+from gemma_accel.patches.activations import why_not_gelu
 from gemma_accel.patches.attention import warn_of_stock
 from gemma_accel.patches.clipped import (
     FusedGemma4ClippableLinear,
@@ -185,7 +186,7 @@ class FusedGemma4VisionMLP(Fused, Gemma4VisionMLP):
         return x if joined else clip(x, self.gives(x))
 
     def joins(self) -> bool:
-        return not watched(*self._own())
+        return not watched(*self._own()) and why_not_gelu(self.act_fn) is None
 
     def takes(self, x: Tensor) -> Range:
         return shared_input(*self._held(x)[:2]) or EVERYTHING
@@ -266,9 +267,7 @@ def _why_not_attention(attention: Gemma4VisionAttention) -> str | None:
 
 
 def _why_not_mlp(mlp: Gemma4VisionMLP) -> str | None:
-    if (activation := mlp.config.hidden_activation) != "gelu_pytorch_tanh":
-        return f"activation is {activation!r}; the kernel computes 'gelu_pytorch_tanh'"
-    return None
+    return why_not_gelu(mlp.act_fn)
 
 
 def _why_not_layer(layer: Gemma4VisionEncoderLayer) -> str | None:

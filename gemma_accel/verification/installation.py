@@ -14,7 +14,7 @@ from gemma_accel.budget import memory_budget
 from gemma_accel.errors import BudgetError
 from gemma_accel.hookspecs import Patch, Undo
 from gemma_accel.models import text_model
-from gemma_accel.patches.per_layer import HostPerLayerEmbedding
+from gemma_accel.patches.per_layer import HostPerLayerEmbedding, per_layer_patch
 from gemma_accel.patches.seams import Fused
 from gemma_accel.patching import _candidates, _refuse_foreign, registry, report_of
 from gemma_accel.report import Report
@@ -119,12 +119,13 @@ class Installation:
                 _in(place)
         for module, fused in self._copies:
             _become(module, fused.stock)
-        for table in self._tables:
-            vars(table)["forward"] = _plain_lookup(table)
+        self._look_tables_up()
 
     def put_in(self, patch: Patch) -> None:
         for place in self.of(patch):
             _in(place)
+        if patch is per_layer_patch:
+            self._read_tables()
         for module, fused in self._copies_of(patch):
             _become(module, fused)
         self._set_policy()
@@ -132,6 +133,8 @@ class Installation:
     def put_out(self, patch: Patch) -> None:
         for place in reversed(self.of(patch)):
             _out(place)
+        if patch is per_layer_patch:
+            self._look_tables_up()
         for module, fused in self._copies_of(patch):
             _become(module, fused.stock)
 
@@ -149,9 +152,18 @@ class Installation:
             _in(place)
         for module, fused in self._copies:
             _become(module, fused)
+        self._read_tables()
+        self._set_policy()
+
+    def _look_tables_up(self) -> None:
+        """As stock does, wherever they are."""
+        for table in self._tables:
+            vars(table)["forward"] = _plain_lookup(table)
+
+    def _read_tables(self) -> None:
+        """As the patch does."""
         for table in self._tables:
             vars(table).pop("forward", None)
-        self._set_policy()
 
     def _set_policy(self) -> None:
         """The memory policy just installed decides as the one before it, or as `apply`'s would."""

@@ -339,7 +339,7 @@ class TestAForwardThatGraphsDoNotServe:
 
     def test_of_a_table_that_is_trained(self, model):
         model.get_per_layer_input_embeddings().requires_grad_(True)
-        assert self.why(model) == "the per-layer table is trained, or PEFT's"
+        assert self.why(model) == "the per-layer table is trained, PEFT's, or watched"
 
     def test_of_a_projection_that_is_not_read(self, model):
         model.model.language_model.per_layer_model_projection.requires_grad_(True)
