@@ -184,7 +184,7 @@ class TestApply:
     def test_other_activation_is_left_stock_with_the_reason(self):
         report = gemma_accel.apply(tiny_model(hidden_activation="silu"))
         skipped = {r.patch: r.reason for r in report.skipped}
-        assert "'silu'" in skipped["geglu"] and "'silu'" in skipped["decoder_layer"]
+        assert "SiLUActivation" in skipped["geglu"] and "SiLU" in skipped["decoder_layer"]
 
 
 class TestRefusals:

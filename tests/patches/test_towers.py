@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -45,6 +47,9 @@ def test_a_parked_tower_takes_a_dtype_though_it_stays():
     model = tiny_model("conditional")
     tower = model.model.vision_tower
     _park(tower)
-    model.to("meta", torch.bfloat16)
+    card = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    tower._apply(lambda x: card)  # as `model.to("cuda", torch.bfloat16)` asks what becomes of it
     weight = next(tower.parameters())
     assert weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    model.to("meta")  # so a model is let go of
+    assert next(tower.parameters()).is_meta

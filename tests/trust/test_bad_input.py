@@ -449,6 +449,9 @@ class Attention:
 
     num_key_value_groups, scaling, is_causal, layer_idx = 2, 1.0, True, 0
 
+    def __init__(self, window):
+        self.config = SimpleNamespace(sliding_window=window)
+
 
 def both_attentions(tokens, batch, mask, function, window, skip):
     """Ours and stock's results [B, T, N, H] on the same numbers."""
@@ -467,9 +470,10 @@ def both_attentions(tokens, batch, mask, function, window, skip):
         config=SimpleNamespace(attention_dropout=0.0),
     )
     ours = patch.mask(batch, tokens, tokens, **arguments)
-    out, _ = patch.attend(Attention(), query, key, value, ours, scaling=1.0, sliding_window=window)
+    module = Attention(window)
+    out, _ = patch.attend(module, query, key, value, ours, scaling=1.0, sliding_window=window)
     stock = sdpa_mask(batch, tokens, tokens, **{**arguments, "allow_is_causal_skip": False})
-    expected, _ = sdpa_attention_forward(Attention(), query, key, value, stock, scaling=1.0)
+    expected, _ = sdpa_attention_forward(module, query, key, value, stock, scaling=1.0)
     return out, expected
 
 
