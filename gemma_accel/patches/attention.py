@@ -63,36 +63,37 @@ class _Name(str):
 
 NAME = _Name("gemma_accel")
 _labels: ContextVar[Tensor | None] = ContextVar("labels", default=None)
-_fills_cache: ContextVar[bool | None] = ContextVar("fills_cache", default=None)
+_caches: ContextVar[bool | None] = ContextVar("caches", default=None)
 _trainers: dict[int, Callable[[], Any]] = {}
-"""By their ids, the configs of models that a Trainer has."""
+"""By the ids of their configs, the text models that a Trainer has."""
 
 
 @contextlib.contextmanager
-def trained_on(labels: Tensor | None, *, fills_cache: bool | None = None) -> Iterator[None]:
-    """A forward whose loss is that of ``labels`` [B, T], and which fills a cache or does not, where
-    that is known.
+def trained_on(labels: Tensor | None, *, may_fill_cache: bool | None = None) -> Iterator[None]:
+    """A forward whose loss is that of ``labels`` [B, T], and which may fill a cache or does not,
+    where that is known.
     """
-    tokens = _labels.set(labels), _fills_cache.set(fills_cache)
+    tokens = _labels.set(labels), _caches.set(may_fill_cache)
     try:
         yield
     finally:
         _labels.reset(tokens[0])
-        _fills_cache.reset(tokens[1])
+        _caches.reset(tokens[1])
 
 
 def belongs_to_trainer(text: nn.Module) -> None:
-    """From here on a forward of ``text`` that says nothing fills no cache: TRL's log-probabilities
-    come from the backbone, past the forward that knows.
+    """From here on a forward of ``text`` in train mode that says nothing fills no cache: TRL's
+    log-probabilities come from the backbone, past the forward that knows.
     """
-    _trainers[id(text.config)] = weakref.ref(text.config)
+    _trainers[id(text.config)] = weakref.ref(text)
 
 
 def _may_fill_cache(config: Any) -> bool:
-    if (told := _fills_cache.get()) is not None:
+    if (told := _caches.get()) is not None:
         return told
     known = _trainers.get(id(config))
-    return known is None or known() is not config
+    text = known() if known is not None else None
+    return text is None or text.config is not config or not text.training
 
 
 def mask(
@@ -221,8 +222,9 @@ class _Padding(NamedTuple):
         `generate` from right-padded prompts reads what a padding position predicts, as stock
         computes it; segments let padding see nothing. So where no gradient is asked for and a cache
         is filled, right padding gets stock's mask, up to the length where that mask costs more than
-        it is worth (16 MiB a row at 4,096). Not where none is filled: log-probabilities of a
-        reference, or of an earlier policy, have to come the way the trained ones do.
+        it is worth (16 MiB a row at 4,096). Not in train mode where none is filled:
+        log-probabilities of a reference, or of an earlier policy, have to come the way the trained
+        ones do.
         """
         if not self.at_ends:
             return "the attention mask has holes in the middle of a row"

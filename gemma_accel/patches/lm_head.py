@@ -164,7 +164,7 @@ def _forward_of(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with trained_on(kwargs.get("labels"), fills_cache=_fills_cache(self, kwargs)):
+        with trained_on(kwargs.get("labels"), may_fill_cache=_may_fill_cache(self, kwargs)):
             return run(self, *args, **kwargs)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +172,8 @@ def _forward_of(kind: Any) -> Any:
             stock = vars(self).get(_INNER) or functools.partial(kind.forward, self)
             return stock(*args, **kwargs)
         labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
-        if kwargs.get("use_cache") is None:  # the config's default is for generation
+        # the config's default is for generation; but without a cache positions tell documents apart
+        if kwargs.get("use_cache") is None and kwargs.get("position_ids") is None:
             kwargs["use_cache"] = False
         outputs = self.base_model(*args, **kwargs)
         known: Any = {each.name: getattr(outputs, each.name, None) for each in fields(_LossOutput)}
@@ -183,8 +184,10 @@ def _forward_of(kind: Any) -> Any:
     return forward
 
 
-def _fills_cache(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Or may as well: `generate` without one, which asks for a single position, reads the same."""
+def _may_fill_cache(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Or is `generate` without one, which asks for a single position and reads the same. In eval
+    mode everything may: nothing has to come the way that training goes.
+    """
     if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
         return True
     kept = kwargs.get("logits_to_keep")
@@ -192,7 +195,7 @@ def _fills_cache(model: Any, kwargs: dict[str, Any]) -> bool:
         return True
     if (asked := kwargs.get("use_cache")) is None:
         asked = getattr(model.config.get_text_config(), "use_cache", True)
-    return bool(asked)
+    return bool(asked) or not model.training
 
 
 class _Headed:

@@ -89,6 +89,21 @@ def test_logits_are_there_when_asked_for(pair, head_calls, ask):
     assert torch.allclose(logits[tokens], stock(**batch()).logits[tokens], atol=1e-4)
 
 
+def test_positions_that_begin_again_tell_documents_apart_where_stock_does(pair):
+    stock, ours = pair
+    ids = batch((16,))["input_ids"]
+    positions = torch.cat((torch.arange(9), torch.arange(7)))[None]
+    inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    losses = []
+    for kwargs in ({}, {"use_cache": False}):
+        expected, out = stock(**inputs, **kwargs), ours(**inputs, **kwargs)
+        torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=0.0)
+        assert (out.past_key_values is None) == (expected.past_key_values is None)
+        losses.append(out.loss.item())
+    if type(stock).__name__ == "Gemma4ForCausalLM":  # the other makes its masks before its cache
+        assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
 def test_who_asks_for_the_loss_or_the_keys_does_not_pay_for_logits(pair, head_calls):
     calls, watch = head_calls
     stock, ours = pair
