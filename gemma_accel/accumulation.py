@@ -22,6 +22,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from gemma_accel.hookspecs import Undo
 from gemma_accel.inputs import IGNORED
-from gemma_accel.patches.seams import set_attribute
+from gemma_accel.patches.seams import home_of, set_attribute
 from gemma_accel.trials import untouched
 
 __all__ = [
@@ -122,8 +123,7 @@ def steps_by_itself(trainer: Any) -> bool:
     which may train on other labels than the data has (GKD's does).
     """
     step = type(trainer).training_step
-    home = (getattr(step, "__module__", None) or "").split(".")[0]
-    if home == "trl":
+    if (home := home_of(step)) == "trl":
         return not step.__qualname__.startswith("SFTTrainer.")
     code = getattr(step, "__code__", None)
     return home != "transformers" and (code is None or "training_step" not in code.co_names)
@@ -148,15 +148,14 @@ def _is_trls(trainer: Any) -> bool:
 
 def reads_embeddings(trainer: Any) -> bool:
     """Whether code of a user's own may ask for a gradient there: of its loss, or its steps."""
-    step = getattr(type(trainer).training_step, "__module__", None) or ""
-    return step.split(".")[0] not in ("transformers", "trl") or has_own_loss(trainer)
+    step = home_of(type(trainer).training_step)
+    return step not in ("transformers", "trl") or has_own_loss(trainer)
 
 
 def has_own_loss(trainer: Any) -> bool:
     """Whether anything but Transformers' and TRL's own code computes the loss."""
-    home = (getattr(trainer.compute_loss, "__module__", None) or "").split(".")[0]
     return (
-        home not in ("transformers", "trl")
+        home_of(trainer.compute_loss) not in ("transformers", "trl")
         or callable(trainer.compute_loss_func)
         or "_loss_function" in vars(_base(trainer))
     )
@@ -382,10 +381,9 @@ class OwnLoss:
         what the trainer and the loss sum up for their logs stays as it was.
         """
         cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with (
-            torch.random.fork_rng(list(cards)),
-            untouched(self.trainer, self.trainer.compute_loss_func),
-        ):
+        loss = self.trainer.compute_loss_func
+        owner = loss.__self__ if isinstance(loss, MethodType) else loss
+        with torch.random.fork_rng(list(cards)), untouched(self.trainer, owner):
             torch.manual_seed(0)
             yield
 

@@ -35,7 +35,7 @@ from gemma_accel.accumulation import (
 from gemma_accel.errors import KernelError
 from gemma_accel.failures import kernel_failure
 from gemma_accel.patches.attention import trained_on
-from gemma_accel.patches.seams import Undoing, set_attribute
+from gemma_accel.patches.seams import Undoing, home_of, set_attribute
 from gemma_accel.report import Report
 from gemma_accel.telemetry import Utilisation
 
@@ -338,5 +338,4 @@ def _forces_grad(hook: Any) -> bool:
 
 
 def _is_theirs(hook: Any) -> bool:
-    home = (getattr(hook, "__module__", None) or "").split(".")[0]
-    return home in ("transformers", "peft", "trl")
+    return home_of(hook) in ("transformers", "peft", "trl")

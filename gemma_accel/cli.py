@@ -281,6 +281,9 @@ def _load(model: str, load_in_4bit: bool) -> Any:
             device_map={"": 0} if torch.cuda.is_available() else None,
             **options,
         )
+    except torch.OutOfMemoryError as error:
+        hint = "a GPU with more memory is needed" if load_in_4bit else "give --load-in-4bit"
+        raise GemmaAccelError(f"{model!r} does not fit the GPU: {hint}.") from error
     except (OSError, RuntimeError, ValueError) as error:  # no weights, or others than the config's
         raise _unreadable(model, error) from error
     return get_peft_model(network, LoraConfig(r=16, target_modules=_LANGUAGE))

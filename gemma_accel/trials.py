@@ -43,7 +43,7 @@ def _look_into(value: Any, seen: dict[int, tuple[Any, Any]]) -> None:
     if id(value) in seen:
         return
     if isinstance(value, Tensor):
-        if value.numel() <= _MOST and not value.requires_grad:
+        if value.numel() <= _MOST and not value.requires_grad and not value.is_inference():
             seen[id(value)] = value, value.clone()
     elif isinstance(value, list | set | deque | dict) and len(value) <= _MOST:
         seen[id(value)] = value, dict(value) if isinstance(value, dict) else list(value)

@@ -274,6 +274,7 @@ def _attach(trainer: Any, report: Report) -> None:
     from gemma_accel.inputs import CheckedIds
     from gemma_accel.patches.attention import belongs_to_trainer
     from gemma_accel.patches.lm_head import FULL_LOGITS, serves_losses
+    from gemma_accel.patches.seams import home_of
 
     guards.check_trainer(trainer, report)
     callbacks = trainer.callback_handler.callbacks
@@ -286,7 +287,7 @@ def _attach(trainer: Any, report: Report) -> None:
     if serves_losses(base):  # whose forward tells of caches
         belongs_to_trainer(text_model(base))
     vars(base).pop(FULL_LOGITS, None)  # the trainer before this one set it
-    if type(trainer).compute_loss.__module__.split(".")[0] not in ("transformers", "trl"):
+    if home_of(type(trainer).compute_loss) not in ("transformers", "trl"):
         setattr(base, FULL_LOGITS, True)  # a loss of the user's own may read the logits
     collator = trainer.data_collator
     if isinstance(collator, CheckedIds):  # attached before, or another trainer's

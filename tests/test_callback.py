@@ -746,6 +746,25 @@ class Hooks(TrainerCallback):
         self.counts.append(len(self.module._forward_hooks))
 
 
+def test_a_loss_that_counts_its_calls_counts_no_trials():
+    class Loss:
+        calls = 0
+
+        def of(self, outputs, labels, num_items_in_batch=None):
+            self.calls += 1
+            logits = outputs.logits[:, :-1].flatten(0, 1).float()
+            return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+
+    counts = []
+    for correct in (False, True):
+        loss = Loss()
+        options = {"compute_loss_func": loss.of}
+        trainer, _ = build(Trainer, model_of("conditional"), options=options)
+        (attached(trainer) if correct else trainer).train()
+        counts.append(loss.calls)
+    assert counts[0] == counts[1] > 1
+
+
 class Saliency(Trainer):
     """Reads a gradient at the embeddings, for which the user has asked for one there."""
 
@@ -773,8 +792,8 @@ def test_gradients_at_the_embeddings_that_somebody_reads_are_there(how):
             lambda *hook: seen.append(hook[-1].requires_grad)
         )
     trainer, _ = build(Saliency if how == "own loss" else Trainer, model, steps=1)
-    trainer.train()
-    assert all(seen)
+    trainer.train()  # the loss of one's own would raise
+    assert all(seen) and bool(seen) == (how == "own hook")
 
 
 def test_reentrant_checkpointing_keeps_its_hooks():

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from gemma_accel import demo
+from gemma_accel.errors import GemmaAccelError
 from tests.test_run import EXAMPLE, ROOT, TRAINS, needs_training, python
 from tests.tiny import tiny_model
 
@@ -107,6 +108,19 @@ def test_a_checkpoint_of_other_shapes_is_one_clear_error(tmp_path):
     done = gemma_accel("verify", "model", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "gemma-accel: expected a model's directory" in done.stderr
+
+
+@pytest.mark.parametrize(("four_bits", "remedy"), [(False, "--load-in-4bit"), (True, "a GPU with")])
+def test_a_model_too_large_for_the_gpu_is_one_clear_error(monkeypatch, tmp_path, four_bits, remedy):
+    from gemma_accel import cli
+
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    tiny_model("causal").config.save_pretrained(tmp_path)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_room)
+    with pytest.raises(GemmaAccelError, match=f"does not fit the GPU: .*{remedy}"):
+        cli._load(str(tmp_path), four_bits)
 
 
 def test_verify_in_4_bits_looks_at_the_fused_projections(tmp_path):

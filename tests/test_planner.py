@@ -53,6 +53,9 @@ def measured(stack):
 
 
 def plan_of(row):
+    work = works.WORKS[row["work"]]
+    ran = row["model"], row["batch_size"], row["sequence_length"]
+    assert ran == (work.model, work.batch_size, work.sequence_length)
     return works.plan_of(row["work"], row.get("vram_gib") or row.get("cap_gib"))
 
 

@@ -88,9 +88,10 @@ def test_losses_float32_and_newest_versions_are_the_files():
 
 
 def test_the_learning_curve_is_the_file():
-    for run in (results("cpu-learning-curve.json"), results("h200-learning-curve.json")):
-        held = run["summary"]["held_out"]
-        assert held["within"] and run["summary"]["training"]["within"]
+    run, on_cpu = (results(f"{name}-learning-curve.json") for name in ("h200", "cpu"))
+    held = run["summary"]["held_out"]
+    for summary in (run["summary"], on_cpu["summary"]):
+        assert summary["held_out"]["within"] and summary["training"]["within"]
     text = " ".join(README.split())
     millions = run["rows"][0]["parameters"] / 1e6
     steps = run["size"]["steps"]

@@ -63,33 +63,33 @@ class _Name(str):
 
 NAME = _Name("gemma_accel")
 _labels: ContextVar[Tensor | None] = ContextVar("labels", default=None)
-_caches: ContextVar[bool | None] = ContextVar("caches", default=None)
+_padding_is_read: ContextVar[bool | None] = ContextVar("padding_is_read", default=None)
 _trainers: dict[int, Callable[[], Any]] = {}
 """By the ids of their configs, the text models that a Trainer has."""
 
 
 @contextlib.contextmanager
-def trained_on(labels: Tensor | None, *, may_fill_cache: bool | None = None) -> Iterator[None]:
-    """A forward whose loss is that of ``labels`` [B, T], and which may fill a cache or does not,
-    where that is known.
+def trained_on(labels: Tensor | None, *, reads_padding: bool | None = None) -> Iterator[None]:
+    """A forward whose loss is that of ``labels`` [B, T]; and whether what padding predicts may be
+    read, where that is known.
     """
-    tokens = _labels.set(labels), _caches.set(may_fill_cache)
+    tokens = _labels.set(labels), _padding_is_read.set(reads_padding)
     try:
         yield
     finally:
         _labels.reset(tokens[0])
-        _caches.reset(tokens[1])
+        _padding_is_read.reset(tokens[1])
 
 
 def belongs_to_trainer(text: nn.Module) -> None:
-    """From here on a forward of ``text`` in train mode that says nothing fills no cache: TRL's
-    log-probabilities come from the backbone, past the forward that knows.
+    """From here on nobody reads what padding predicts in train mode, unless told: TRL's
+    log-probabilities come from the backbone of ``text``, past the forward that knows.
     """
     _trainers[id(text.config)] = weakref.ref(text)
 
 
-def _may_fill_cache(config: Any) -> bool:
-    if (told := _caches.get()) is not None:
+def _may_read_padding(config: Any) -> bool:
+    if (told := _padding_is_read.get()) is not None:
         return told
     known = _trainers.get(id(config))
     text = known() if known is not None else None
@@ -130,7 +130,7 @@ def mask(
     elif config is not None:
         reason = _config_refused(config, torch.device(device), kwargs.get("dtype"))
     if reason is None and padding is not None and not padding.none:
-        reason = padding.refused(q_length, _may_fill_cache(config))
+        reason = padding.refused(q_length, _may_read_padding(config))
     if reason is not None:
         if torch.is_grad_enabled():
             warn_of_stock(reason)
@@ -216,23 +216,23 @@ class _Padding(NamedTuple):
     last_is_token: bool
     labelled: bool
 
-    def refused(self, length: int, may_fill_cache: bool) -> str | None:
+    def refused(self, length: int, is_read: bool) -> str | None:
         """Why segments do not describe it.
 
         `generate` from right-padded prompts reads what a padding position predicts, as stock
-        computes it; segments let padding see nothing. So where no gradient is asked for and a cache
-        is filled, right padding gets stock's mask, up to the length where that mask costs more than
-        it is worth (16 MiB a row at 4,096). Not in train mode where none is filled:
-        log-probabilities of a reference, or of an earlier policy, have to come the way the trained
-        ones do.
+        computes it, and an evaluation may; segments let padding see nothing. So where it may be
+        read (``is_read``) and no gradient is asked for, right padding gets stock's mask, up to the
+        length where that mask costs more than it is worth (16 MiB a row at 4,096). Elsewhere
+        without a gradient, log-probabilities of a reference or of an earlier policy have to come
+        the way the trained ones do.
         """
         if not self.at_ends:
             return "the attention mask has holes in the middle of a row"
         if self.labelled:  # stock lets padding see the row's tokens
             return "padding has labels, and is trained on; set them to -100 if that is not meant"
-        if self.last_is_token or torch.is_grad_enabled() or not may_fill_cache or length > 4096:
+        if self.last_is_token or torch.is_grad_enabled() or not is_read or length > 4096:
             return None
-        return "padding on the right, and a cache is filled"
+        return "padding on the right, and what it predicts may be read"
 
 
 def _padding(mask: Tensor, labels: Tensor | None) -> _Padding:
@@ -287,7 +287,7 @@ def attend(
         sliding_window = module.config.sliding_window
     if query.shape[2] != key.shape[2] or dropout:
         # generation, or `logits_to_keep`, needs the last positions only of the layers that share
-        # keys
+        # keys; and the kernel drops nothing
         dense = _dense(query.shape[2], key.shape[2], sliding_window, segments, query.device)
         return sdpa_attention_forward(
             module, query, key, value, dense, dropout=dropout, scaling=scaling, **kwargs

@@ -149,8 +149,12 @@ class MemoryPolicy:
 
     def _set(self, key: tuple[int, ...], chosen: Arrangement) -> None:
         self.chosen[key] = chosen
+        self.note("layers", self.summary())
+
+    def note(self, topic: str, text: str) -> None:
+        """For the report, where there is one."""
         if self.tell is not None:
-            self.tell("layers", self.summary())
+            self.tell(topic, text)
 
     def graphs_fit(self, hidden: Tensor, *, host_bound: bool) -> bool:
         """Whether to capture a batch of this shape: graphs fit beside everything else, and if that

@@ -365,7 +365,7 @@ def _why_not_layer(layer: Gemma4TextDecoderLayer) -> str | None:
 
 
 def left_to_stock(base: nn.Module) -> Iterator[tuple[str, str, str]]:
-    """Patch, path and reason of layers and attentions that run stock's forward as they are now."""
+    """Patch, path and reason of fused modules that run stock's forward as they are now."""
     for path, module in base.named_modules():
         if isinstance(module, FusedGemma4TextDecoderLayer):
             patch, reason = decoder_layer_patch, module.why_stock()

@@ -35,6 +35,7 @@ __all__ = ["StackGraphs"]
 
 STEADY = 3  # steps of one shape, one after the other, before it is worth capturing
 _CONTEXT = ("per_layer_model_projection", "per_layer_projection_norm")
+_NO_ROOM = "they do not fit beside the layers, or would not pay"
 CAPTURES = 4  # where shapes keep changing, capturing them all would cost more than it saves
 
 
@@ -373,7 +374,7 @@ class StackGraphs:
         steady = self._seen > STEADY
         if not steady or not text.memory.graphs_fit(hidden, host_bound=self._watch.host_bound):
             if steady:
-                self._stay_idle(text, "they do not fit beside the layers, or would not pay")
+                self._stay_idle(text, _NO_ROOM)
             self._watch.begin(len(text.layers))
             return None
         if self._captured is None and not self._capture(text, hidden, rest):
@@ -394,12 +395,7 @@ class StackGraphs:
         """Set down why the layers run one by one, for the report too."""
         if reason != self.idle:
             self.idle = reason
-            self._tell(text, f"not used: {reason}")
-
-    @staticmethod
-    def _tell(text: Any, what: str) -> None:
-        if text.memory.tell is not None:
-            text.memory.tell("CUDA graphs", what)
+            text.memory.note("CUDA graphs", f"not used: {reason}")
 
     def _turn_off(self, reason: str) -> None:
         """Capture no more in this run, and say so once."""
@@ -517,7 +513,8 @@ class StackGraphs:
                     failed = f"capturing failed: {str(error).splitlines()[0]}"
             if short <= 0:
                 self.idle = ""
-                self._tell(text, f"captured, for batches of {hidden.shape[0]} x {hidden.shape[1]}")
+                shape = f"{hidden.shape[0]} x {hidden.shape[1]}"
+                text.memory.note("CUDA graphs", f"captured, for batches of {shape}")
                 return True
             gc.collect()  # what failed may lie about in circles, and would count as taken
             self._release()
@@ -525,6 +522,7 @@ class StackGraphs:
                 self._turn_off(failed)
                 return False
             text.memory.withhold(short)
+        self._stay_idle(text, _NO_ROOM)
         return False
 
     def _capture_once(

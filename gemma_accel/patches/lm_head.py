@@ -27,7 +27,7 @@ from transformers.models.gemma4.modeling_gemma4 import (
 
 from gemma_accel.hookspecs import Patch
 from gemma_accel.patches.attention import trained_on
-from gemma_accel.patches.seams import Undoing, is_watched
+from gemma_accel.patches.seams import Undoing, home_of, is_watched
 
 __all__ = ["FULL_LOGITS", "lm_head_patch", "serves_losses", "set_head_tile"]
 
@@ -164,7 +164,7 @@ def _forward_of(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with trained_on(kwargs.get("labels"), may_fill_cache=_may_fill_cache(self, kwargs)):
+        with trained_on(kwargs.get("labels"), reads_padding=_may_read_padding(self, kwargs)):
             return run(self, *args, **kwargs)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,9 +184,9 @@ def _forward_of(kind: Any) -> Any:
     return forward
 
 
-def _may_fill_cache(model: Any, kwargs: dict[str, Any]) -> bool:
-    """Or is `generate` without one, which asks for a single position and reads the same. In eval
-    mode everything may: nothing has to come the way that training goes.
+def _may_read_padding(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether what padding predicts may be read: by who fills a cache; by `generate` without one,
+    which asks for a single position; and in eval mode, where nothing has to come as in training.
     """
     if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
         return True
@@ -256,11 +256,7 @@ class LMHeadPatch(Patch):
 
     def why_not(self, module: nn.Module) -> str | None:
         bound = vars(module).get("forward")
-        if bound is not None and getattr(bound, "__module__", "").split(".")[0] not in (
-            "trl",
-            "gemma_accel",
-            "transformers",
-        ):
+        if bound is not None and home_of(bound) not in ("trl", "gemma_accel", "transformers"):
             return "another library bound its own forward to the model"
         return None
 

@@ -13,7 +13,12 @@ from torch import nn
 from gemma_accel.errors import RestoreError
 from gemma_accel.hookspecs import Patch
 
-__all__ = ["ClassSwap", "Fused", "Undoing", "is_watched", "set_attribute", "swap_class"]
+__all__ = ["ClassSwap", "Fused", "Undoing", "home_of", "is_watched", "set_attribute", "swap_class"]
+
+
+def home_of(thing: Any) -> str:
+    """The top package that a function or class is defined in; empty where it does not say."""
+    return (getattr(thing, "__module__", None) or "").split(".")[0]
 
 
 def is_watched(module: nn.Module) -> bool:

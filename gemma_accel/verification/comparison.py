@@ -119,8 +119,8 @@ class Comparison:
         if not row.ok:
             self.installation.put_out(patch)
         elif patch is graphs_patch and not (graphs := self.text.layers[0].graphs).captured:
-            why = graphs.off or graphs.idle
-            return Row(*about, note=f"not tried: nothing was captured ({why})", tried=False)
+            why = f"not tried: nothing was captured ({graphs.idle})"
+            return Row(*about, note=why, tried=False)
         return row
 
     def _probes_for(self, patch: Patch, places: list[Place]) -> list[Probe]:
