@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from gemma_accel import demo
-from gemma_accel.errors import GemmaAccelError
 from tests.test_run import EXAMPLE, ROOT, TRAINS, needs_training, python
 from tests.tiny import tiny_model
 
@@ -111,16 +110,19 @@ def test_a_checkpoint_of_other_shapes_is_one_clear_error(tmp_path):
 
 
 @pytest.mark.parametrize(("four_bits", "remedy"), [(False, "--load-in-4bit"), (True, "a GPU with")])
-def test_a_model_too_large_for_the_gpu_is_one_clear_error(monkeypatch, tmp_path, four_bits, remedy):
-    from gemma_accel import cli
-
-    def no_room(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    tiny_model("causal").config.save_pretrained(tmp_path)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_room)
-    with pytest.raises(GemmaAccelError, match=f"does not fit the GPU: .*{remedy}"):
-        cli._load(str(tmp_path), four_bits)
+def test_a_model_too_large_for_the_gpu_is_one_clear_error(tmp_path, four_bits, remedy):
+    tiny_model("causal").config.save_pretrained(tmp_path / "model")
+    code = (  # in a process of its own: to load by `auto` is for good
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "from gemma_accel import cli\n"
+        "def no_room(*args, **kwargs):\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory.')\n"
+        "AutoModelForCausalLM.from_pretrained = no_room\n"
+        f"cli._load('model', {four_bits})"
+    )
+    told = python("-c", code, cwd=tmp_path).stderr.splitlines()[-1]
+    assert "GemmaAccelError: 'model' does not fit the GPU" in told and remedy in told
 
 
 def test_verify_in_4_bits_looks_at_the_fused_projections(tmp_path):
