@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.harness import (
@@ -171,16 +173,15 @@ def main() -> None:
     if options.worker:
         worker(json.loads(options.worker))
         return
-    results = []
-    for work, workers in _start(options):
-        if not options.apart:
-            run_work(workers, together=options.together)
+    results: dict[str, list[dict]] = {}
+    for job, workers in _through(options):
         place = where()
-        rows = [_row(WORKS[work], w, timed=not options.together) for w in workers]
+        rows = [_row(w, timed=not options.together) for w in workers]
         _compare(rows, place["peak_tflops"])
-        results += rows
+        results[job] = rows
         print(*table(rows), sep="\n", flush=True)
-        Path(options.out).write_text(json.dumps({**place, "rows": results}, indent=1) + "\n")
+        document = {**place, "rows": list(itertools.chain(*results.values()))}
+        Path(options.out).write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _options() -> argparse.Namespace:
@@ -223,27 +224,32 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _start(options: argparse.Namespace) -> list[tuple[str, list[Worker]]]:
-    """Each work's workers. All of all works load side by side, and then wait for their turn;
-    ``--apart``, each is through before the next one starts.
+def _through(options: argparse.Namespace) -> Iterator[tuple[str, list[Worker]]]:
+    """Each entry of ``--works`` with its workers that are through. All of all works load side by
+    side, and then wait for their turn; ``--apart``, each is through before the next one starts,
+    and a run that is cut short has what it did.
     """
     logs = Path(options.directory) / "logs"
     logs.mkdir(exist_ok=True)
-    jobs, count = [], 0
+    count, jobs = itertools.count(), []
     for job in options.works:
-        name, _, stacks = job.partition("=")
+        name, _, own = job.partition("=")
         path = build_apart(WORKS[name].model, options.directory)
-        workers = []
-        for stack in stacks.split(",") if stacks else options.stacks:
-            for seed in options.seeds:
-                spec = _spec(options, name, stack, path, seed)
-                log = logs / f"{count:02}-{name}-{spec['stack']}.log"
-                workers.append(Worker(MODULE, spec, log))
-                count += 1
-                if options.apart:
-                    run_work(workers[-1:])
-        jobs.append((name, workers))
-    return jobs
+        workers: list[Worker] = []
+        jobs.append((job, workers))
+        for stack, seed in itertools.product(
+            own.split(",") if own else options.stacks, options.seeds
+        ):
+            spec = _spec(options, name, stack, path, seed)
+            log = logs / f"{next(count):02}-{name}-{spec['stack']}.log"
+            workers.append(Worker(MODULE, spec, log))
+            if options.apart:
+                run_work(workers[-1:])
+                yield job, workers
+    if not options.apart:
+        for job, workers in jobs:
+            run_work(workers, together=options.together)
+            yield job, workers
 
 
 def _compare(rows: list[dict], peak_tflops: float | None) -> None:
@@ -279,7 +285,8 @@ def _spec(options, name: str, stack: str, path: str, seed: int) -> dict:
     }
 
 
-def _row(work, worker_: Worker, *, timed: bool) -> dict:
+def _row(worker_: Worker, *, timed: bool) -> dict:
+    work = WORKS[worker_.spec["work"]]
     row = {
         k: worker_.spec[k]
         for k in ("work", "stack", "label", "vram_gib", "cap_gib", "seed", "float32")

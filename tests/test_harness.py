@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks import bench_media, train_step
+from benchmarks.harness import run_work
 
 WORKER = """
 import json, sys
@@ -76,6 +77,22 @@ def test_stacks_take_their_steps_in_turn(monkeypatch, stand_in, capsys):
 def test_one_after_the_other_where_they_do_not_fit(monkeypatch, stand_in):
     _, order = run(monkeypatch, stand_in, "--apart", "--steps", "2")
     assert order == [f"W1 {stack} {step}" for stack in ("trl", "gemma_accel") for step in range(2)]
+
+
+def test_a_run_that_is_cut_short_has_what_it_did(monkeypatch, stand_in):
+    def cut(workers):
+        if workers[0].spec["stack"] == "unsloth":
+            raise KeyboardInterrupt
+        return run_work(workers)
+
+    monkeypatch.setattr(train_step, "run_work", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, stand_in, "--apart", "--stacks", "trl", "gemma_accel", "unsloth")
+    rows = json.loads((stand_in / "o").read_text())["rows"]
+    assert [(row["stack"], row["speedup_over_trl"]) for row in rows] == [
+        ("trl", 1.0),
+        ("gemma_accel", 2.0),
+    ]
 
 
 def test_seeds_are_compared_with_their_own(monkeypatch, stand_in):
