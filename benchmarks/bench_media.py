@@ -11,10 +11,12 @@ take their steps in turn, as in train_step, whose machinery this uses.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import (
     Worker,
@@ -31,7 +33,7 @@ from benchmarks.harness import (
     table,
     where,
 )
-from benchmarks.works import ADAPTED, nf4
+from benchmarks.works import ADAPTED, CONFIGS, nf4
 
 MODULE = "benchmarks.bench_media"
 RANK = 16
@@ -53,12 +55,34 @@ class Media:
     def soft_tokens(self) -> int:
         return sum(w * h // POOLED for w, h in self.grids) + -(-self.frames // 4)
 
+    @property
+    def tokens(self) -> int:
+        """Of the row, the two markers around each medium included."""
+        return self.text + self.soft_tokens + 2 * (len(self.grids) + bool(self.frames))
+
 
 WORKS = {
     "images": Media(512, grids=((60, 42), (42, 60))),
     "photos": Media(512, grids=((57, 42), (42, 57))),
     "sound": Media(256, frames=2999, tower="audio_tower"),
 }
+
+
+@functools.cache
+def plan_of(work: str, limit: float | None) -> Any:
+    """The plan of a work."""
+    from gemma_accel.planner import plan
+
+    shape = WORKS[work]
+    return plan(
+        CONFIGS / "e2b.json",
+        vram_gib=limit,
+        batch_size=1,
+        sequence_length=shape.tokens,
+        lora_rank=RANK,
+        images=len(shape.grids),
+        sound_seconds=shape.frames / 100,  # of 10 ms
+    )
 
 
 def collate(rows: list[dict], config, work: Media) -> dict:
@@ -89,8 +113,6 @@ def collate(rows: list[dict], config, work: Media) -> dict:
 
 
 def worker(spec: dict) -> None:
-    import functools
-
     begin(spec)
     if spec["stack"] == "gemma_accel":
         import gemma_accel.auto  # noqa: F401 - the one line

@@ -30,6 +30,7 @@ from benchmarks.works import WORKS, plan_of
 
 HERE = Path(__file__).parent
 CARD_GIB, USABLE_GIB = 8.0, 7.0
+CUT_GIB = 1.5 * CARD_GIB  # where a bar that goes on is cut
 
 TEXT = "#727a83"  # 4.35 to 1 on white and on GitHub's dark
 MEASURED = "#8b949e"
@@ -46,7 +47,7 @@ PARTS = {  # a picture's part -> its colour, and the planner's components in it
     "adapters, gradients, optimizer": ("#009e73", ("adapters", "gradients", "optimizer state")),
     "activations and workspace": (
         "#e69f00",
-        ("kept activations", "workspace", "loss", "allocator slack"),
+        ("kept activations", "workspace", "loss", "towers' backward", "allocator slack"),
     ),
 }
 MODELS = {"e2b": "E2B", "e4b": "E4B"}
@@ -206,9 +207,10 @@ def _limit(entry: Entry) -> float:
 
 def parts(work: str, entry: Entry) -> dict[str, float] | None:
     """GiB by part, as predicted; None for what the planner knows nothing about."""
-    if work not in WORKS or entry.stack not in ("trl", "gemma_accel") or entry.peak_gib is None:
+    if entry.stack not in ("trl", "gemma_accel") or entry.peak_gib is None:
         return None
-    made = plan_of(work, _limit(entry) if entry.limited else None)
+    planned = bench_media.plan_of if work in MEDIA else plan_of
+    made = planned(work, _limit(entry) if entry.limited else None)
     if entry.stack == "gemma_accel":
         sizes = made.components
         return {
@@ -219,8 +221,10 @@ def parts(work: str, entry: Entry) -> dict[str, float] | None:
 
 def _stock_parts(made: Any) -> dict[str, float]:
     """Stock keeps the table and the towers on the GPU; what else its peak has, comes and goes."""
-    sizes = {name.removesuffix(" (host)"): size for name, size in made.components.items()}
-    found = {part: sum(sizes.get(n, 0.0) for n in names) for part, (_, names) in PARTS.items()}
+    sizes: Counter[str] = Counter()
+    for name, size in made.components.items():
+        sizes[name.removesuffix(" (host)")] += size
+    found = {part: sum(sizes[n] for n in names) for part, (_, names) in PARTS.items()}
     resident = [part for part in PARTS if part != "activations and workspace"]
     peak = made.choices["alternatives"]["stock TRL, training"]
     found["activations and workspace"] = peak - sum(found[part] for part in resident)
@@ -340,7 +344,7 @@ def memory(shown: list[Work]) -> Any:
     caption = (
         "GiB that PyTorch's allocator reserved at most, loading included. The mark on a bar is "
         "what was measured; its parts are what gemma_accel.plan predicts. Stacks that it knows "
-        "nothing about, and works with media, are not split."
+        "nothing about are not split, and bars with an arrow go on."
     )
     shown = [work.showing(_of_interest(work)) for work in shown]
     figure, panels = _bars(shown, caption + _asterisk(shown), legend=0.42)
@@ -352,7 +356,7 @@ def memory(shown: list[Work]) -> Any:
                 continue
             highest = max(highest, _draw_memory(axes, place, work.name, entry))
     for axes in panels:
-        axes.set_xlim(0, highest * 1.08)
+        axes.set_xlim(0, min(highest, CUT_GIB) * 1.08)
         for limit, style in ((USABLE_GIB, (0, (4, 2))), (CARD_GIB, "solid")):
             axes.axvline(limit, color=TEXT, linewidth=1.1, linestyle=style, zorder=0.5)
     kwargs = {"fontsize": 7.5, "va": "bottom", "transform": panels[0].get_xaxis_transform()}
@@ -384,6 +388,10 @@ def _draw_memory(axes: Any, place: int, work: str, entry: Entry) -> float:
     if split is None:
         left = entry.peak_gib
         axes.barh(place, left, height=0.66, color=MEASURED, alpha=0.45, linewidth=0)
+    if entry.peak_gib > CUT_GIB:
+        text = f"{entry.peak_gib:.2f} →"
+        axes.text(CUT_GIB * 1.06, place, text, ha="right", va="center", fontweight="bold")
+        return CUT_GIB
     axes.plot([entry.peak_gib] * 2, [place - 0.44, place + 0.44], color=TEXT, linewidth=2.2)
     end = max(left, entry.peak_gib)
     beside = next((line for line in (USABLE_GIB, CARD_GIB) if end < line < end + 0.75), end)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import bench_media
 from benchmarks.works import WORKS, plan_of
 from gemma_accel.telemetry import peak_tflops
 
@@ -69,7 +70,7 @@ def _memory(files: list[Row]) -> Iterator[str]:
     for row in (row for file in files for row in file["rows"] if "error" not in row):
         reserved, host = _planned(row)
         held = row["host_gib"]["anonymous"] + row["host_gib"]["shared"]
-        figures = (row["peak_reserved_gib"], reserved, row["peak_allocated_gib"], held, host)
+        figures = (row["peak_reserved_gib"], reserved, row.get("peak_allocated_gib"), held, host)
         cells = ["" if gib is None else f"{gib:.2f}" for gib in figures]
         rows.append([_work(row), _stack(row), *cells])
     return _lines(head, rows)
@@ -77,7 +78,8 @@ def _memory(files: list[Row]) -> Iterator[str]:
 
 def _planned(row: Row) -> tuple[float | None, float | None]:
     """The GiB that `plan` says of the card and of the host."""
-    made = plan_of(row["work"], row.get("vram_gib") or row["cap_gib"])
+    planned = bench_media.plan_of if row["work"] in MEDIA else plan_of
+    made = planned(row["work"], row.get("vram_gib") or row["cap_gib"])
     if row["stack"] == "trl":
         return made.choices["alternatives"]["stock TRL, training"], None
     if row["stack"] != "gemma_accel":
@@ -88,7 +90,7 @@ def _planned(row: Row) -> tuple[float | None, float | None]:
 def _media(files: list[Row]) -> Iterator[str]:
     head = "work | stack | load, GiB | training, GiB | step, s | launches"
     rows = [
-        [MEDIA[row["work"]], _stack(row), *_figures(row, _stock(row, file))]
+        [_work(row), _stack(row), *_figures(row, _stock(row, file))]
         for file in files
         for row in file["rows"]
     ]
@@ -126,6 +128,8 @@ KINDS = {
 
 
 def _work(row: Row) -> str:
+    if row["work"] in MEDIA:
+        return MEDIA[row["work"]]
     weights = "" if WORKS[row["work"]].quantised else " in bf16"
     return f"{row['model'].upper()}{weights}, {row['batch_size']} x {row['sequence_length']:,}"
 

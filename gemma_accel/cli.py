@@ -90,6 +90,10 @@ def plan(
     sequence_length: Annotated[int, typer.Option(min=1)] = 2048,
     quantization: Annotated[str, typer.Option(help="nf4 or none")] = "nf4",
     lora_rank: Annotated[int, typer.Option(min=0, help="0: train every weight")] = 16,
+    images: Annotated[int, typer.Option(min=0, help="in each sequence, of 280 tokens")] = 0,
+    sound_seconds: Annotated[
+        float, typer.Option(min=0, help="in each sequence, of 25 tokens a second")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Say what would be where in GPU memory, and whether it fits. Needs no GPU.
@@ -107,6 +111,8 @@ def plan(
             sequence_length=sequence_length,
             quantization=None if quantization == "none" else quantization,
             lora_rank=lora_rank,
+            images=images,
+            sound_seconds=sound_seconds,
         )
     except ValueError as error:
         raise GemmaAccelError(str(error)) from error

@@ -20,6 +20,7 @@ __all__ = [
     "Arrangement",
     "LayerShape",
     "Mode",
+    "TowerShape",
     "arrange",
     "between_layers_bytes",
     "choose_modes",
@@ -32,6 +33,9 @@ __all__ = [
     "loss_bytes",
     "mlp_schedule",
     "peak_bytes",
+    "tower_kept_bytes",
+    "tower_shapes",
+    "tower_transient_bytes",
     "transient_bytes",
 ]
 
@@ -337,17 +341,21 @@ def arrange(
     vocabulary: int,
     trained: int | None,
     itemsize: int = 2,
+    *,
+    towers: int = 0,
 ) -> Arrangement:
     """The cheapest way through ``available`` bytes, with CUDA graphs of the layers where they fit.
 
-    Graphs have memory of their own, which the loss cannot use; without them layers and loss take
-    turns. ``trained`` is the bytes of what gets a gradient; None for no graphs.
+    Graphs have memory of their own, which neither the loss nor the ``towers``' backward, which
+    takes so many bytes, can use; without them all of these take turns. ``trained`` is the bytes of
+    what gets a gradient; None for no graphs.
     """
     hidden = layers[0].hidden
     tile = head_tile(tokens, hidden, vocabulary, available)
     loss = loss_bytes(tokens, hidden, vocabulary, tile)
     if trained is not None:
-        beside = available - loss - graph_bytes(tokens, hidden, trained, itemsize)
+        outside = max(loss, towers)
+        beside = available - outside - graph_bytes(tokens, hidden, trained, itemsize)
         modes = choose_modes(layers, tokens, beside, 0, itemsize)
         captured = Arrangement(modes, True, tile)
         worth_it = tokens <= HOST_BOUND or not captured.in_tiles
@@ -380,3 +388,64 @@ def evaluation_bytes(
     keeping = [Mode.KEEP] * len(layers)  # no gradients of shared keys and values
     between = between_layers_bytes(layers, keeping, *shape, itemsize, input_gradient=False)
     return max(layer_work, head) * itemsize + between
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """A vision or audio tower that is trained, which is one whose activations are kept."""
+
+    hidden: int
+    mlp: int
+    layers: int
+    is_audio: bool
+    replayed: bool
+    """whether its layers keep their inputs alone: stock's checkpointing reaches the vision tower's
+    """
+
+
+def tower_shapes(config: Any) -> dict[str, TowerShape]:
+    """The towers of a `Gemma4Config`, by the name of the module; the unified model has none."""
+    found: dict[str, TowerShape] = {}
+    if config.model_type != "gemma4":
+        return found
+    if vision := getattr(config, "vision_config", None):
+        widths = vision.hidden_size, vision.intermediate_size
+        found["vision_tower"] = TowerShape(*widths, vision.num_hidden_layers, False, True)
+    if audio := getattr(config, "audio_config", None):
+        widths = audio.hidden_size, 4 * audio.hidden_size
+        found["audio_tower"] = TowerShape(*widths, audio.num_hidden_layers, True, False)
+    return found
+
+
+def tower_kept_bytes(tower: TowerShape, vectors: int, itemsize: int = 2) -> int:
+    """Bytes that a tower keeps of ``vectors`` (patches of images, or soft tokens of sound) from its
+    forward to its backward, which is the language model's time.
+    """
+    if tower.is_audio:
+        # a feed-forward's input, its norm, both sides of the activation, its output, twice;
+        # attention's input, its norm, queries, keys, values, output, its projection; the
+        # convolution's input, its norm, both halves of the gate, its output, its projection; the
+        # last norm's input
+        elements = tower.layers * (20 * tower.hidden + 4 * tower.mlp)
+    elif tower.replayed:
+        elements = tower.layers * tower.hidden
+    else:
+        elements = tower.layers * _vision_layer(tower)
+    # the pooler's weights and the rotation come to about one more input
+    return vectors * (elements + tower.hidden) * itemsize
+
+
+def tower_transient_bytes(tower: TowerShape, vectors: int, itemsize: int = 2) -> int:
+    """Bytes that a tower's backward needs beyond what is kept, at its highest point."""
+    # gradients: of one side of the activation, or of gate, up and the residual stream
+    elements = tower.mlp if tower.is_audio else 2 * tower.mlp + tower.hidden
+    if tower.replayed:
+        elements += _vision_layer(tower) - tower.hidden
+    return vectors * elements * itemsize
+
+
+def _vision_layer(tower: TowerShape) -> int:
+    """Elements a patch: a layer's input, norms and sums, queries, keys and values before and after
+    their norms, attention's and the MLP's output; gate, up and their product.
+    """
+    return 13 * tower.hidden + 3 * tower.mlp

@@ -19,7 +19,7 @@ import io
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
@@ -32,6 +32,7 @@ from gemma_accel.memory import (
     Arrangement,
     LayerShape,
     Mode,
+    TowerShape,
     arrange,
     between_layers_bytes,
     evaluation_bytes,
@@ -39,6 +40,9 @@ from gemma_accel.memory import (
     kept_bytes,
     layer_shapes,
     loss_bytes,
+    tower_kept_bytes,
+    tower_shapes,
+    tower_transient_bytes,
     transient_bytes,
 )
 
@@ -54,12 +58,21 @@ ADAM_32BIT = 8  # what Trainer has bitsandbytes use for embeddings
 # of what comes and goes in a step: reserved beyond it for being in pieces (measured, see the
 # tests). Ours is small because segments grow (`gemma_accel.allocator`); on WSL2 it is 0.25
 PIECES, STOCK_PIECES = 0.03, 0.33
+STOCK_PIECES_MOST = 2 * GIB  # however long its rows (measured at 65,536 tokens)
 TIDY = 0.02  # of all allocations: the pieces that stay once the allocator has given back others
 EVAL_BATCH = 8  # transformers' per_device_eval_batch_size
+IMAGE_TOKENS = 280  # soft tokens of an image, unless the processor is told otherwise
+SOUND_TOKENS = 25  # of a second of sound
 PROCESS = 1.35  # GiB of host memory that Python, torch and CUDA's libraries hold (measured)
 
-_ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
+_ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "linear")
+"""of the language model's, and in towers what a clipped linear holds"""
+_TOWERS = {
+    "vision_tower": "vision",
+    "embed_vision": "vision",
+    "audio_tower": "audio",
+    "embed_audio": "audio",
+}
 _KINDS = ("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text")
 _HOST = " (host)"
 
@@ -83,6 +96,7 @@ class Plan:
         largest_batch: sequences of this length that fit; 0 where none do.
         remedies: where it does not fit, what would.
         notes: what the figures take for granted.
+        images, sound_seconds: the media of each sequence.
     """
 
     model: str
@@ -99,6 +113,8 @@ class Plan:
     largest_batch: int
     remedies: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    images: int = 0
+    sound_seconds: float = 0.0
 
     @property
     def peak_gib(self) -> float:
@@ -141,10 +157,12 @@ def plan(
     sequence_length: int,
     quantization: str | None = "nf4",
     lora_rank: int = 16,
+    images: int = 0,
+    sound_seconds: float = 0.0,
 ) -> Plan:
     """Predict where everything will be, and the peaks of loading, training and evaluation.
 
-    Neither a GPU nor weights are needed. The run is text-only, in bfloat16, with ``adamw_8bit``.
+    Neither a GPU nor weights are needed. The run is in bfloat16, with ``adamw_8bit``.
 
     Args:
         model_or_config: a Gemma 4 config, a model, a directory with a ``config.json``, a JSON
@@ -152,23 +170,33 @@ def plan(
         vram_gib: the GPU memory to live in, in GiB, as `apply` takes it; None for no limit, where
             every layer is checkpointed as stock does.
         batch_size: sequences in a step at once (``per_device_train_batch_size``).
-        sequence_length: tokens of each.
+        sequence_length: tokens of each, its media's soft tokens included.
         quantization: "nf4" (bitsandbytes, with double quantisation) or None (bfloat16).
         lora_rank: of adapters on the language model's projections (q, k, v, o, gate, up, down);
             0 trains every weight.
+        images: images in each sequence, 280 soft tokens apiece. There are adapters in the vision
+            tower too, then.
+        sound_seconds: seconds of sound in each sequence, 25 soft tokens apiece; likewise.
 
     Raises:
         UnsupportedModelError: not a Gemma 4 config or model.
         ValueError: a size that is not positive or not finite, an unknown quantization, 4-bit
-            weights to train.
+            weights to train, media that the model has no tower for or the sequence no room.
     """
     _check(vram_gib, batch_size, sequence_length, quantization, lora_rank)
-    run = _Run(_counts(_config_of(model_or_config)), vram_gib, quantization, lora_rank)
+    _check_media(images, sound_seconds)
+    counts = _counts(_config_of(model_or_config))
+    run = _Run(counts, vram_gib, quantization, lora_rank, images, float(sound_seconds))
+    _check_room(run, sequence_length)
     return _plan(run, batch_size, sequence_length)
 
 
 def plan_for_model(
-    base_model: Any, budget_gib: float | None, batch_size: int, sequence_length: int
+    base_model: Any,
+    budget_gib: float | None,
+    batch_size: int,
+    sequence_length: int,
+    **media: Any,
 ) -> Plan:
     """The plan of a model that is there: its own quantisation, and its adapters where it has any.
 
@@ -182,6 +210,7 @@ def plan_for_model(
         sequence_length=sequence_length,
         quantization="nf4" if getattr(base_model, "is_loaded_in_4bit", False) else None,
         lora_rank=max(ranks, default=16),
+        **media,
     )
 
 
@@ -220,11 +249,49 @@ def _check(
         )
 
 
+def _check_media(images: int, sound_seconds: float) -> None:
+    if not isinstance(images, Integral) or isinstance(images, bool) or images < 0:
+        raise ValueError(f"plan: images must be a whole number from 0 up, got {images!r}")
+    if (
+        not isinstance(sound_seconds, Real)
+        or isinstance(sound_seconds, bool)
+        or not 0 <= float(sound_seconds) < 1e6
+    ):
+        raise ValueError(f"plan: sound_seconds must be a number from 0 up, got {sound_seconds!r}")
+
+
+def _check_room(run: _Run, length: int) -> None:
+    for name in run.soft_tokens:
+        tower = run.counts.towers.get(name)
+        if tower is None or tower.shape is None:
+            raise ValueError(
+                f"plan: this config has no {name} tower, so that its sequences hold no "
+                f"{'images' if name == 'vision' else 'sound'}. Plan a text-only run."
+            )
+    if (taken := sum(run.soft_tokens.values())) > length:
+        raise ValueError(
+            f"plan: a sequence of {length:,} tokens has no room for its media, which take "
+            f"{taken:,}. sequence_length counts them in."
+        )
+
+
 def _within(vram_gib: float | None, gib: float) -> bool:
     return vram_gib is None or gib <= vram_gib + 1e-6  # a sum that fills the limit may round over
 
 
 # --- the model, counted ---
+
+
+class _Tower(NamedTuple):
+    """A tower with its embedder: parameters as `_Counts` has them, and its layers."""
+
+    linears: int
+    rest: int
+    adapter_per_rank: int
+    shape: TowerShape | None
+    """None of the unified model, whose layers read patches and sounds themselves"""
+    inputs_per_token: int
+    """how many vectors pass its layers for each soft token"""
 
 
 @dataclass(frozen=True)
@@ -241,22 +308,31 @@ class _Counts:
     experts: int
     table: int
     norms: int
-    tower_linears: int
-    tower_rest: int
+    towers: dict[str, _Tower]
+
+    @property
+    def tower_linears(self) -> int:
+        return sum(tower.linears for tower in self.towers.values())
+
+    @property
+    def tower_rest(self) -> int:
+        return sum(tower.rest for tower in self.towers.values())
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, place) for place in _PLACES)
+        places = sum(getattr(self, place) for place in _PLACES)
+        return places + self.tower_linears + self.tower_rest
 
 
-_PLACES = ("linears", "embedding", "experts", "table", "norms", "tower_linears", "tower_rest")
+_PLACES = ("linears", "embedding", "experts", "table", "norms")
 
 
 def _place(name: str, is_linear: bool) -> str:
-    """Which of `_PLACES` a parameter belongs to."""
+    """Which of `_PLACES` a parameter belongs to, or of which tower it is what."""
     parts = name.split(".")
-    if any(tower in parts for tower in _TOWERS):
-        return "tower_linears" if is_linear else "tower_rest"
+    for part in parts:
+        if part in _TOWERS:
+            return f"{_TOWERS[part]} {'linears' if is_linear else 'rest'}"
     if "embed_tokens_per_layer" in parts:
         return "table"
     if "embed_tokens" in parts or "lm_head" in parts:
@@ -315,16 +391,27 @@ def _counts_of(kind: str, values: str) -> _Counts:
         if isinstance(module, torch.nn.Linear)
     }
     sizes: Counter[str] = Counter()
-    per_rank = largest = 0
+    per_rank: Counter[str] = Counter()
+    largest = 0
     for name, parameter in model.named_parameters():
         place = _place(name, name in linears)
         sizes[place] += parameter.numel()
-        if place in ("linears", "tower_linears"):
+        if place.endswith("linears"):
             largest = max(largest, parameter.numel())
-        if place == "linears" and name.split(".")[-2] in _ADAPTED:
-            per_rank += sum(parameter.shape)
+            if name.split(".")[-2] in _ADAPTED:
+                per_rank[place] += sum(parameter.shape)
     places = {place: sizes[place] for place in _PLACES}
-    return _Counts(kind, _text_config(config), layers, largest, per_rank, **places)
+    towers = {name: _tower(name, sizes, per_rank, config) for name in ("vision", "audio")}
+    towers = {name: tower for name, tower in towers.items() if tower.linears + tower.rest}
+    text = _text_config(config)
+    return _Counts(kind, text, layers, largest, per_rank["linears"], **places, towers=towers)
+
+
+def _tower(name: str, sizes: Counter[str], per_rank: Counter[str], config: Any) -> _Tower:
+    shape = tower_shapes(config).get(f"{name}_tower")
+    pooled = 1 if shape is None or shape.is_audio else config.vision_config.pooling_kernel_size**2
+    linears = f"{name} linears"
+    return _Tower(sizes[linears], sizes[f"{name} rest"], per_rank[linears], shape, pooled)
 
 
 def _built(config: Any) -> tuple[Any, tuple[LayerShape, ...]]:
@@ -367,6 +454,30 @@ class _Run:
     vram_gib: float | None
     quantization: str | None
     lora_rank: int
+    images: int = 0
+    sound_seconds: float = 0.0
+
+    @property
+    def soft_tokens(self) -> dict[str, int]:
+        """Of a sequence's media, by the tower that makes them."""
+        media = {
+            "vision": self.images * IMAGE_TOKENS,
+            "audio": math.ceil(self.sound_seconds * SOUND_TOKENS),
+        }
+        return {name: tokens for name, tokens in media.items() if tokens}
+
+    @property
+    def used(self) -> list[_Tower]:
+        """The towers that there are media for."""
+        return [self.counts.towers[name] for name in self.soft_tokens]
+
+    def media(self, batch_size: int) -> list[tuple[TowerShape, int]]:
+        """What passes through the layers of each of these."""
+        return [
+            (tower.shape, batch_size * tokens * tower.inputs_per_token)
+            for tower, tokens in zip(self.used, self.soft_tokens.values(), strict=True)
+            if tower.shape is not None
+        ]
 
     @property
     def per_linear_parameter(self) -> float:
@@ -376,8 +487,15 @@ class _Run:
     @property
     def towers(self) -> float:
         """Bytes."""
-        counts = self.counts
-        return counts.tower_linears * self.per_linear_parameter + counts.tower_rest * ITEMSIZE
+        return self._bytes_of(self.counts.towers.values())
+
+    @property
+    def used_towers(self) -> float:
+        """Bytes."""
+        return self._bytes_of(self.used)
+
+    def _bytes_of(self, towers: Iterable[_Tower]) -> float:
+        return sum(t.linears * self.per_linear_parameter + t.rest * ITEMSIZE for t in towers)
 
     @property
     def table(self) -> int:
@@ -387,8 +505,12 @@ class _Run:
     @property
     def adapters(self) -> int:
         """Bytes. PEFT makes adapters float32; TRL turns those of a 4-bit model to bfloat16."""
-        itemsize = 2 if self.quantization else 4
-        return self.counts.adapter_per_rank * self.lora_rank * itemsize
+        return self.adapter_weights * (2 if self.quantization else 4)
+
+    @property
+    def adapter_weights(self) -> int:
+        per_rank = self.counts.adapter_per_rank + sum(t.adapter_per_rank for t in self.used)
+        return per_rank * self.lora_rank
 
     @property
     def is_mixture(self) -> bool:
@@ -405,7 +527,9 @@ class _Run:
 
 
 def _weights(run: _Run) -> dict[str, float]:
-    """Bytes of the weights that stay on the GPU: all but the table and towers of an adapter run."""
+    """Bytes of the weights that stay on the GPU: of an adapter run all but the table and the towers
+    that there are no media for.
+    """
     counts = run.counts
     found = {
         "text linears": counts.linears * run.per_linear_parameter,
@@ -414,18 +538,19 @@ def _weights(run: _Run) -> dict[str, float]:
         "norms": counts.norms * ITEMSIZE,
     }
     if run.lora_rank == 0:
-        found |= {"per-layer table": run.table, "towers": run.towers}
-    return found
+        return found | {"per-layer table": run.table, "towers": run.towers}
+    return found | ({"towers": run.used_towers} if run.used else {})
 
 
 def _trained(run: _Run) -> dict[str, float]:
-    """Bytes of adapters, gradients and moments. Towers get no gradient in a text-only run."""
+    """Bytes of adapters, gradients and moments. A tower without media gets no gradient."""
     counts = run.counts
     if run.lora_rank:
-        moments = counts.adapter_per_rank * run.lora_rank * ADAM_8BIT
+        moments = run.adapter_weights * ADAM_8BIT
         return {"adapters": run.adapters, "gradients": run.adapters, "optimizer state": moments}
     embeddings = counts.embedding + counts.table
     others = counts.linears + counts.experts + counts.norms
+    others += sum(tower.linears + tower.rest for tower in run.used)
     return {
         "gradients": (embeddings + others) * ITEMSIZE,
         "optimizer state": embeddings * ADAM_32BIT + others * ADAM_8BIT,
@@ -445,7 +570,8 @@ class _Moment(NamedTuple):
 
     kept: int
     workspace: int
-    loss: int
+    outside: int
+    """of the decoder: the loss or, where graphs leave it no other memory, a tower's backward"""
 
 
 def _choose(run: _Run, batch_size: int, length: int) -> Arrangement:
@@ -460,7 +586,10 @@ def _choose(run: _Run, batch_size: int, length: int) -> Arrangement:
     available = int(run.vram_gib * GIB * (1 - SLACK) - _held(run, batch_size, length))
     trained = int(run.adapters) if _captures() else None
     vocabulary = run.counts.text.vocab_size
-    return arrange(layers, batch_size * length, available, vocabulary, trained, ITEMSIZE)
+    towers = _towers_backward(run, batch_size)
+    return arrange(
+        layers, batch_size * length, available, vocabulary, trained, ITEMSIZE, towers=towers
+    )
 
 
 def _held(run: _Run, batch_size: int, length: int) -> float:
@@ -470,9 +599,18 @@ def _held(run: _Run, batch_size: int, length: int) -> float:
     later = weights + run.adapters + 3 * trained
     embeddings = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
     now = weights + run.adapters + embeddings + _inputs(run, batch_size, length)
-    return max(
-        later + _between_layers(run, _all(run, Mode.OFFLOAD_IN_PARTS), batch_size, length), now
-    )
+    later += _between_layers(run, _all(run, Mode.OFFLOAD_IN_PARTS), batch_size, length)
+    return max(later, now) + _towers_kept(run, batch_size)
+
+
+def _towers_kept(run: _Run, batch_size: int) -> int:
+    return sum(tower_kept_bytes(*media, ITEMSIZE) for media in run.media(batch_size))
+
+
+def _towers_backward(run: _Run, batch_size: int) -> int:
+    """One after the other, when the decoder's is through."""
+    needs = [tower_transient_bytes(*media, ITEMSIZE) for media in run.media(batch_size)]
+    return max(needs, default=0)
 
 
 @functools.cache
@@ -483,19 +621,20 @@ def _captures() -> bool:
     return any(patch.name == "cuda_graphs" for patch in registry().patches())
 
 
-def _highest(run: _Run, choice: Arrangement, tokens: int) -> _Moment:
-    """`memory.peak_bytes` in its parts: some layer's backward, or the loss."""
-    loss = run.loss(tokens, choice.head_tile)
+def _highest(run: _Run, choice: Arrangement, batch_size: int, length: int) -> _Moment:
+    """`memory.peak_bytes` in its parts: some layer's backward, the loss, or a tower's backward."""
+    tokens = batch_size * length
+    loss, tower = run.loss(tokens, choice.head_tile), _towers_backward(run, batch_size)
     extra = _experts_bytes(run, tokens, backward=True)
-    moments = []
-    kept = 0
+    kept = _towers_kept(run, batch_size)
+    moments = [_Moment(kept, tower, 0)]
     for layer, mode in zip(run.counts.layers, choice.modes, strict=True):
         kept += tokens * kept_bytes(layer, mode, ITEMSIZE)
         moments.append(_Moment(kept, transient_bytes(layer, mode, tokens, ITEMSIZE) + extra, 0))
-    if choice.graphed:  # memory of their own, which the loss cannot use
-        highest = max(moments, key=sum)
+    if choice.graphed:  # memory of their own, which neither loss nor tower can use
+        highest = max(moments[1:], key=sum)
         own = graph_bytes(tokens, run.counts.text.hidden_size, int(run.adapters), ITEMSIZE)
-        return _Moment(highest.kept, highest.workspace + own, loss)
+        return _Moment(highest.kept, highest.workspace + own, max(loss, tower))
     return max(*moments, _Moment(kept, 0, loss), key=sum)
 
 
@@ -541,7 +680,7 @@ def _reserved(run: _Run, resident: float, passing: float) -> float:
 def _train_peak(run: _Run, choice: Arrangement, batch_size: int, length: int) -> float:
     if run.is_stock:
         return _stock_train_peak(run, batch_size, length)
-    moment = _highest(run, choice, batch_size * length)
+    moment = _highest(run, choice, batch_size, length)
     passing = sum(moment) + _between_layers(run, choice, batch_size, length)
     return _reserved(run, _resident(run), passing)
 
@@ -564,6 +703,9 @@ def _eval_peak(run: _Run, choice: Arrangement, length: int, train_tokens: int) -
         counts.layers, choice, train_tokens, shape, counts.text.vocab_size, ITEMSIZE
     )
     passing += _experts_bytes(run, EVAL_BATCH * length, backward=False)
+    # before that a tower's widest layer: gate, up, their product and what they come from
+    widest = [4 * vectors * shape.mlp * ITEMSIZE for shape, vectors in run.media(EVAL_BATCH)]
+    passing = max(passing, *widest) if widest else passing
     return _reserved(run, _resident(run) - _trained(run)["gradients"], passing)
 
 
@@ -579,11 +721,33 @@ def _stock_train_peak(run: _Run, batch_size: int, length: int) -> float:
     replayed = max(_stock_kept(layer) + 4 * layer.mlp for layer in layers)
     per_token = checkpoints + rows + replayed
     passing = max(tokens * per_token, tokens * (checkpoints + rows) + run.loss(tokens))
+    passing += _experts_bytes(run, tokens, backward=True)
+    media = run.media(batch_size)
+    needs = [_stock_tower(shape, vectors)[1] for shape, vectors in media]
+    passing = max(passing, *needs) if needs else passing
+    passing += sum(_stock_tower(shape, vectors)[0] for shape, vectors in media)
     resident = _resident(run)
     if run.lora_rank:
-        resident += run.table + run.towers
-    passing += _experts_bytes(run, tokens, backward=True)
-    return resident + passing * (1 + STOCK_PIECES)
+        resident += run.table + run.towers - run.used_towers
+    pieces = min(passing * STOCK_PIECES, STOCK_PIECES_MOST)
+    return resident + passing + pieces + _stock_mask(run, batch_size, length)
+
+
+def _stock_mask(run: _Run, batch_size: int, length: int) -> int:
+    """Of the sliding layers: length by length booleans, and SDPA's copy in the layers' dtype."""
+    sliding = any(layer.sliding for layer in run.counts.layers)
+    if not sliding or length <= run.counts.text.sliding_window:
+        return 0
+    return batch_size * length**2 * (1 + ITEMSIZE)
+
+
+def _stock_tower(tower: TowerShape, vectors: int) -> tuple[int, int]:
+    """What a stock tower keeps for its backward, and what that needs beyond: bytes."""
+    if tower.is_audio:  # float32 copies in norms and clamps, and no checkpointing
+        kept = tower.layers * (56 * tower.hidden + 10 * tower.mlp)
+        return vectors * kept * ITEMSIZE, vectors * 4 * tower.mlp * ITEMSIZE
+    kept = (tower.layers + 1) * tower.hidden
+    return vectors * kept * ITEMSIZE, vectors * (30 * tower.hidden + 10 * tower.mlp) * ITEMSIZE
 
 
 def _stock_kept(layer: LayerShape) -> int:
@@ -612,6 +776,8 @@ def _plan(run: _Run, batch_size: int, length: int) -> Plan:
         choices=_choices(run, choice, batch_size, length),
         longest_sequence=_longest(run, batch_size),
         largest_batch=_largest(run, length),
+        images=run.images,
+        sound_seconds=run.sound_seconds,
     )
     made.notes.extend(_notes(run, length))
     if not made.fits:
@@ -621,7 +787,7 @@ def _plan(run: _Run, batch_size: int, length: int) -> Plan:
 
 def _components(run: _Run, choice: Arrangement, batch_size: int, length: int) -> dict[str, float]:
     """GiB by name."""
-    moment = _highest(run, choice, batch_size * length)
+    moment = _highest(run, choice, batch_size, length)
     between = _between_layers(run, choice, batch_size, length)
     resident, passing = _resident(run), sum(moment) + between
     found: dict[str, float] = {**_weights(run), **_trained(run), "kept activations": moment.kept}
@@ -631,10 +797,12 @@ def _components(run: _Run, choice: Arrangement, batch_size: int, length: int) ->
         found["workspace"] = _stock_train_peak(run, batch_size, length) - here
     else:
         found["workspace"] = moment.workspace + between
-        found["loss"] = moment.loss
+        tower = _towers_backward(run, batch_size)
+        found["towers' backward" if moment.outside == tower else "loss"] = moment.outside
         found["allocator slack"] = _reserved(run, resident, passing) - resident - passing
     if run.lora_rank and not run.is_stock:
-        found |= {"per-layer table" + _HOST: run.table, "towers" + _HOST: run.towers}
+        parked = run.towers - run.used_towers
+        found |= {"per-layer table" + _HOST: run.table, "towers" + _HOST: parked}
     input_bytes = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
     # the first layer's input is the embeddings, which all layers read where it has a per-layer one
     first = 1 if run.counts.text.hidden_size_per_layer_input else 0
@@ -652,9 +820,19 @@ def _choices(run: _Run, choice: Arrangement, batch_size: int, length: int) -> di
         "layers": {mode.value: counted[mode] for mode in Mode if counted[mode]},
         "graphs": choice.graphed,
         "table": where if run.table else "the model has none",
-        "towers": where if run.towers else "the model has none",
+        "towers": _where_towers_are(run),
         "alternatives": {name: size / GIB for name, size in others.items()},
     }
+
+
+def _where_towers_are(run: _Run) -> str:
+    if not run.towers:
+        return "the model has none"
+    if run.lora_rank == 0:
+        return "GPU memory: trained"
+    others = "host memory" if len(run.used) < len(run.counts.towers) else ""
+    used = f"{' and '.join(run.soft_tokens)} in GPU memory" if run.used else ""
+    return ", the other in ".join(filter(None, (used, others)))
 
 
 def _alternatives(run: _Run, choice: Arrangement, batch_size: int, length: int) -> dict[str, float]:
@@ -666,8 +844,8 @@ def _alternatives(run: _Run, choice: Arrangement, batch_size: int, length: int) 
     }
     if run.lora_rank:
         found |= {"per-layer table on the GPU": peak + run.table} if run.table else {}
-        parked = run.towers and not run.is_stock
-        found |= {"towers on the GPU": peak + run.towers} if parked else {}
+        parked = 0 if run.is_stock else run.towers - run.used_towers
+        found |= {"towers on the GPU": peak + parked} if parked else {}
         other = dataclasses.replace(run, quantization=None if run.quantization else "nf4")
         name = "bfloat16 weights, same layers" if run.quantization else "NF4 weights, same layers"
         found[name] = _train_peak(other, choice, batch_size, length)
@@ -706,7 +884,8 @@ def _longest(run: _Run, batch_size: int) -> int:
     """In steps of 64 tokens, up to what the model was made for."""
     most = run.counts.text.max_position_embeddings
     steps = _last(lambda n: _fits(run, batch_size, 64 * n), most // 64)
-    return 64 * steps or _last(lambda n: _fits(run, batch_size, n), min(most, 63))
+    longest = 64 * steps or _last(lambda n: _fits(run, batch_size, n), min(most, 63))
+    return longest if longest >= sum(run.soft_tokens.values()) else 0
 
 
 def _largest(run: _Run, length: int) -> int:
@@ -751,7 +930,7 @@ def _remedies(run: _Run, made: Plan) -> list[str]:
 
 def _notes(run: _Run, length: int) -> list[str]:
     notes = [
-        "a text-only run with adamw_8bit",
+        f"{_media_text(run) or 'a text-only run'}, with adamw_8bit",
         "the limit is what PyTorch may allocate; CUDA's own context, 0.3 to 0.5 GiB, and a desktop "
         "come on top: a card of 8 GB leaves about 7",
         "the evaluation is TRL's; plain Trainer's makes logits of the whole batch",
@@ -769,6 +948,14 @@ def _notes(run: _Run, length: int) -> list[str]:
             "are stock TRL's"
         )
     return notes
+
+
+def _media_text(made: _Run | Plan) -> str:
+    """A sequence's media, in words."""
+    images = f"{made.images} image{'s' if made.images > 1 else ''}" if made.images else ""
+    sound = f"{made.sound_seconds:g} s of sound" if made.sound_seconds else ""
+    media = " and ".join(filter(None, (images, sound)))
+    return f"{media} in each sequence, adapters in their tower too" if media else ""
 
 
 # --- the tables ---

@@ -70,15 +70,27 @@ class Report:
         if record not in self.skipped:
             self.skipped.append(record)
 
-    def plan(self, batch_size: int, sequence_length: int) -> Any:
+    def plan(
+        self,
+        batch_size: int,
+        sequence_length: int,
+        *,
+        images: int = 0,
+        sound_seconds: float = 0.0,
+    ) -> Any:
         """What a training step of this model on that batch would keep, recompute and offload, and
-        its peak (`Plan`).
+        its peak (`Plan`); the arguments are those of `gemma_accel.plan`.
         """
         if self._plan is None:
             raise RuntimeError(
                 "this report belongs to no applied model: it was restored, or read from a file"
             )
-        return self._plan(batch_size=batch_size, sequence_length=sequence_length)
+        return self._plan(
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            images=images,
+            sound_seconds=sound_seconds,
+        )
 
     def obstacles(self) -> list[str]:
         """Why patches cannot be taken out: a sentence for each place that somebody has wrapped

@@ -110,13 +110,13 @@ def _tell(report: Callable[[], Report | None], topic: str, text: str) -> None:
         alive.note(topic, text)
 
 
-def _plan(base: Any, budget: float | None, *, batch_size: int, sequence_length: int) -> Any:
+def _plan(base: Any, budget: float | None, **batch: Any) -> Any:
     from gemma_accel.planner import plan_for_model
 
     model = base()
     if model is None:
         raise RuntimeError("the model that this report belongs to is gone")
-    return plan_for_model(model, budget, batch_size, sequence_length)
+    return plan_for_model(model, budget, **batch)
 
 
 def apply_automatically() -> None:
@@ -300,7 +300,10 @@ def _tell_policy(trainer: Any) -> None:
     """What the model, its gradients and its optimizer will take on the device, now that all of it
     is known.
     """
-    policy = getattr(text_model(base_model(trainer.model)), "memory", None)
+    from gemma_accel.patches.towers import watch_towers
+
+    base = base_model(trainer.model)
+    policy = getattr(text_model(base), "memory", None)
     if policy is None:
         return
     seen: dict[int, tuple[int, bool]] = {}
@@ -313,6 +316,7 @@ def _tell_policy(trainer: Any) -> None:
     trained = sum(nbytes for nbytes, is_trained in seen.values() if is_trained)
     # a gradient and two moments, at most in the parameter's own dtype
     policy.set_fixed(weights + trained * 3, trained)
+    watch_towers(base, policy)
 
 
 def _scales(state: Any) -> Iterator[torch.Tensor]:

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 import gemma_accel
 import gemma_accel.loading
 from gemma_accel.collators import DataCollatorForMultimodalLanguageModeling
+from gemma_accel.memory import tower_shapes
 from gemma_accel.patches.clipped import prepare_for_peft
 from tests import media, tiny
 from tests.media import chat, picture, sound
@@ -135,6 +136,23 @@ def test_a_frozen_tower_stays_out_of_autograd(tmp_path):
         tower.register_forward_hook(lambda *args: outputs.append(args[2].last_hidden_state))
     made.train()
     assert len(outputs) >= 4 and not any(out.requires_grad for out in outputs)
+
+
+def test_the_memory_policy_hears_what_passes_a_trained_tower(tmp_path):
+    targets = r".*(vision_tower|language_model)\..*\.q_proj"
+    made, _ = trainer("both", tmp_path, applied=True, targets=targets)
+    collator, patches = made.data_collator, []
+
+    def watched(rows):
+        batch = collator(rows)
+        patches.append(batch["pixel_values"].shape[:2].numel() if "pixel_values" in batch else 0)
+        return batch
+
+    made.data_collator = watched
+    made.train()
+    base = made.model.get_base_model()
+    (tower,) = [s for s in tower_shapes(base.config).values() if not s.is_audio]
+    assert base.model.language_model.memory.media == {tower: max(patches)}
 
 
 def test_adapters_go_back_to_stock(tmp_path):

@@ -13,18 +13,25 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
-from benchmarks import works
+from benchmarks import bench_media, works
 from benchmarks.works import ADAPTED
 from gemma_accel import planner
 from gemma_accel.errors import UnsupportedModelError
-from gemma_accel.memory import HEAD_TILE, Arrangement, Mode, between_layers_bytes, peak_bytes
+from gemma_accel.memory import (
+    HEAD_TILE,
+    Arrangement,
+    Mode,
+    between_layers_bytes,
+    peak_bytes,
+    tower_transient_bytes,
+)
 from gemma_accel.patches.checkpointing import MemoryPolicy
 from gemma_accel.planner import GIB, Plan, plan, plan_for_model
 from tests.tiny import full_config, text_config, tiny_model
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CONFIGS = {path.stem: path for path in sorted((BENCHMARKS / "configs").glob("*.json"))}
-TEXT_WORKS = ("W1", "W2", "W3", "W4", "W5", "short", "longest")
+WORKS = ("W1", "W2", "W3", "W4", "W5", "short", "longest", "images", "photos", "sound")
 W1 = {"vram_gib": 3.0, "batch_size": 2, "sequence_length": 2048}
 
 
@@ -46,21 +53,28 @@ def measured(stack):
     for path in sorted((BENCHMARKS / "results").rglob("*.json")):
         content = json.loads(path.read_text())
         for row in content.get("rows", ()) if isinstance(content, dict) else ():
-            plannable = row.get("work") in TEXT_WORKS and not row.get("float32")
+            plannable = row.get("work") in WORKS and not row.get("float32")
             if row.get("stack") == stack and plannable and "peak_reserved_gib" in row:
                 rows[f"{path.stem}-{row.get('label')}-{row['work']}-{len(rows)}"] = row
     return rows
 
 
 def plan_of(row):
+    limit = row.get("vram_gib") or row.get("cap_gib")
+    if row["work"] in bench_media.WORKS:
+        media = bench_media.WORKS[row["work"]]
+        assert (row["text_tokens"], row["soft_tokens"]) == (media.text, media.soft_tokens)
+        # without a cap the card's own 139 GiB are the limit
+        return bench_media.plan_of(row["work"], limit or 100.0)
     work = works.WORKS[row["work"]]
     ran = row["model"], row["batch_size"], row["sequence_length"]
     assert ran == (work.model, work.batch_size, work.sequence_length)
-    return works.plan_of(row["work"], row.get("vram_gib") or row.get("cap_gib"))
+    return works.plan_of(row["work"], limit)
 
 
 OURS, STOCK = measured("gemma_accel"), measured("trl")
-assert OURS and STOCK
+assert {row["work"] for row in OURS.values()} == set(WORKS) - {"photos"}
+assert {row["work"] for row in STOCK.values()} == set(WORKS) - {"photos", "longest"}
 
 
 @pytest.mark.parametrize("row", OURS.values(), ids=OURS.keys())
@@ -234,20 +248,25 @@ def test_the_parts_of_the_peak_are_memorys_peak(model, modes):
     chosen = mixed if modes == "mixed" else [modes] * count
     for tokens in (512, 4096, 65536):
         loss = run.loss(tokens)
-        moment = planner._highest(run, Arrangement(chosen, False, HEAD_TILE), tokens)
+        moment = planner._highest(run, Arrangement(chosen, False, HEAD_TILE), 1, tokens)
         assert sum(moment) == peak_bytes(run.counts.layers, chosen, tokens, loss)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("images", [0, 7])
 @pytest.mark.parametrize("vram_gib", [2.4, 3.0, 3.6, 7.0, 24.0])
-def test_layers_are_chosen_as_the_policy_chooses(vram_gib, graphs, monkeypatch):
+def test_layers_are_chosen_as_the_policy_chooses(vram_gib, images, graphs, monkeypatch):
     monkeypatch.setattr(planner, "_captures", lambda: graphs)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
-    run = run_of("e2b", vram_gib)
+    vram_gib += images / 4
+    run = dataclasses.replace(run_of("e2b", vram_gib), images=images)
     policy = MemoryPolicy(SimpleNamespace(config=run.counts.text))
     policy.budget, policy.captures = int(vram_gib * GIB), graphs
+    for tower, vectors in run.media(2):
+        policy.expect_media(tower, vectors)
     tight = planner._all(run, Mode.OFFLOAD_IN_PARTS)
     passing = between_layers_bytes(run.counts.layers, tight.modes, 2, 2048, input_gradient=False)
+    passing += planner._towers_kept(run, 2)
     policy.fixed = math.ceil(planner._held(run, 2, 2048)) - passing  # which it adds itself
     policy.trained = run.adapters
     on_a_gpu = SimpleNamespace(
@@ -264,7 +283,8 @@ def test_layers_are_chosen_as_the_policy_chooses(vram_gib, graphs, monkeypatch):
     assert first == choice or (for_graphs_alone and not first.graphed)
     assert choice.graphed == policy.graphs_fit(on_a_gpu, host_bound=True)
     assert policy.arrangement(on_a_gpu) == choice
-    assert choice.graphed == (graphs and vram_gib > 2.4)
+    # the vision tower's backward, 1.6 GiB here, lies beside graphs and not beside layers
+    assert choice.graphed == (graphs and vram_gib > (5.0 if images else 2.4))
     policy.set_budget(policy.budget)
     assert policy.graphs_fit(on_a_gpu, host_bound=False) == (choice.graphed != for_graphs_alone)
     assert policy.arrangement(on_a_gpu) == first
@@ -444,6 +464,61 @@ def test_without_a_limit_everything_fits():
     assert made.fits and made.longest_sequence == 131072 and "fit" not in str(made)
 
 
+# --- with media ---
+
+
+def test_used_towers_are_on_the_gpu_with_adapters_and_the_other_is_parked():
+    text, images, both = make(), make(images=2), make(images=2, sound_seconds=30)
+    towers = run_of().counts.towers
+    for made, used in ((text, ()), (images, ("vision",)), (both, ("vision", "audio"))):
+        run = dataclasses.replace(run_of(), images=made.images, sound_seconds=made.sound_seconds)
+        adapters = sum(towers[name].adapter_per_rank for name in used) * 16 * 2
+        here = made.components["adapters"] - text.components["adapters"]
+        assert here * GIB == pytest.approx(adapters)
+        parked = made.components.get("towers (host)", 0)
+        assert made.components.get("towers", 0) + parked == pytest.approx(run.towers / GIB)
+        assert bool(parked) == (len(used) < 2)
+        assert ("towers on the GPU" in made.choices["alternatives"]) == (len(used) < 2)
+    assert images.choices["towers"] == "vision in GPU memory, the other in host memory"
+    assert both.choices["towers"] == "vision and audio in GPU memory"
+
+
+def test_adapters_in_a_tower_are_as_many_as_peft_makes():
+    model = tiny_model("conditional")
+    for name, tower in planner._counts(model.config).towers.items():
+        peft = get_peft_model(
+            tiny_model("conditional"),
+            LoraConfig(r=4, target_modules=rf".*{name}_tower.*\.linear"),
+        )
+        trained = sum(p.numel() for p in peft.parameters() if p.requires_grad)
+        assert trained == 4 * tower.adapter_per_rank > 0
+
+
+def test_graphs_leave_a_towers_backward_its_room():
+    """The allocator's pool of a graph serves nothing else."""
+    few, many = make(vram_gib=7.0, images=1), make(vram_gib=7.0, batch_size=8, images=2)
+    assert few.choices["graphs"] and many.choices["graphs"] and many.fits
+    assert "loss" in few.components  # which is more
+    vectors = 8 * 2 * 2520
+    shape = run_of().counts.towers["vision"].shape
+    assert many.components["towers' backward"] * GIB == tower_transient_bytes(shape, vectors)
+
+
+def test_more_media_take_more_and_leave_less():
+    peaks = [make(vram_gib=100.0, images=n).peak_gib for n in range(4)]
+    assert sorted(set(peaks)) == peaks
+    assert make(vram_gib=4.0, images=2).longest_sequence < make(vram_gib=4.0).longest_sequence
+    assert make(vram_gib=2.2, images=7).longest_sequence == 0  # not one that holds its media
+    text, images = make(vram_gib=100.0), make(vram_gib=100.0, images=7)
+    assert text.eval_peak_gib < images.eval_peak_gib
+
+
+def test_the_table_says_which_media():
+    assert "1 image in each sequence, adapters" in str(make(images=1))
+    assert "2 images and 1.5 s of sound in each" in str(make(images=2, sound_seconds=1.5))
+    assert "a text-only run, with adamw_8bit" in str(make())
+
+
 # --- refused ---
 
 
@@ -465,6 +540,14 @@ def test_without_a_limit_everything_fits():
         ({"lora_rank": -1}, "from 0 up, got -1"),
         ({"lora_rank": None}, "from 0 up, got None"),
         ({"lora_rank": 0}, "Pass quantization=None"),
+        ({"images": -1}, "images must be a whole number from 0 up, got -1"),
+        ({"images": 1.0}, "images must be .* got 1.0"),
+        ({"sound_seconds": float("nan")}, "sound_seconds must be a number from 0 up, got nan"),
+        ({"sound_seconds": "30"}, "sound_seconds must be .* got '30'"),
+        ({"images": 8}, "2,048 tokens has no room for its media, which take 2,240"),
+        ({"images": 3, "sound_seconds": 60}, "no room for its media, which take 2,340"),
+        ({"model": "31b", "sound_seconds": 1}, "no audio tower, .* no sound"),
+        ({"model": "12b-unified", "images": 1}, "no vision tower, .* no images"),
     ],
 )
 def test_bad_numbers(changes, message):

@@ -11,7 +11,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import plots  # noqa: E402
+from benchmarks import (
+    bench_media,  # noqa: E402
+    plots,  # noqa: E402
+)
 from benchmarks.learning_curve import CONTROL  # noqa: E402
 from benchmarks.works import WORKS, plan_of  # noqa: E402
 
@@ -68,7 +71,8 @@ def results(tmp_path_factory):
     write(directory, "test-train.json", rows)
     write(directory, "test-unsloth.json", [row("W1", "unsloth", 4.43, 0.97)])
     write(directory, "test-older.json", [row("W1", "trl", 9.99, 2.0)], date="2026-11-01")
-    write(directory, "other-card.json", [row("W3", "trl", 11.0, 2.0)], card="another")
+    rows = [row("W3", "trl", 11.0, 2.0), row("W3", "liger", 43.76, 2.0)]
+    write(directory, "other-card.json", rows, card="another")
     media = {"text_tokens": 512, "soft_tokens": 560}
     rows = [row("images", label, peak, 0.5, **media) for label, peak in (("trl", 9.9), MEDIA)]
     write(directory, "test-media.json", [*rows, row("images", "gemma_accel", 30.0, 0.2, **media)])
@@ -141,7 +145,21 @@ class TestParts:
 
     def test_what_the_planner_does_not_know_is_not_split(self, results):
         assert plots.parts("W1", entries(results, "W1")["TRL + Liger"]) is None
-        assert plots.parts("images", entries(results, "images")["TRL"]) is None
+
+    def test_media_are_planned_too(self, results):
+        for name in ("images", "sound"):
+            made = bench_media.plan_of(name, 7.0)
+            drawn = {name for _, names in plots.PARTS.values() for name in names}
+            assert {n for n in made.components if not n.endswith("(host)")} <= drawn
+        made = bench_media.plan_of("images", 7.0)
+        stock = plots.parts("images", entries(results, "images")["TRL"])
+        assert sum(stock.values()) == pytest.approx(
+            made.choices["alternatives"]["stock TRL, training"]
+        )
+        assert stock["towers"] == pytest.approx(0.25, abs=0.01)  # both
+
+    def test_a_bar_that_would_leave_no_room_for_the_others_is_cut(self, drawn):
+        assert "43.76 →" in texts(drawn[0]["memory"])
 
 
 class TestDrawn:

@@ -44,6 +44,7 @@ from gemma_accel.patches.clipped import (
 from gemma_accel.patches.dtypes import why_not_dtype
 from gemma_accel.patches.norms import are_norms
 from gemma_accel.patches.seams import ClassSwap, Fused
+from gemma_accel.patches.towers import note_media
 
 __all__ = [
     "FusedGemma4AudioAttention",
@@ -215,6 +216,7 @@ class FusedGemma4AudioLayer(Fused, Gemma4AudioLayer):
         position_embeddings: Tensor,
         **kwargs: Any,
     ) -> Tensor:
+        note_media(self, hidden_states)
         attention: Any = self.self_attn
         conv: Any = self.lconv1d
         if not self._joins(attention, conv):

@@ -25,6 +25,7 @@ from gemma_accel.memory import (
     HEAD_TILE,
     Arrangement,
     Mode,
+    TowerShape,
     arrange,
     between_layers_bytes,
     evaluation_bytes,
@@ -32,6 +33,8 @@ from gemma_accel.memory import (
     layer_shapes,
     loss_bytes,
     mlp_schedule,
+    tower_kept_bytes,
+    tower_transient_bytes,
 )
 from gemma_accel.patches.dropout import draws
 from gemma_accel.patches.graphs import StackGraphs
@@ -63,6 +66,8 @@ class MemoryPolicy:
         self.fixed = self.trained = self.withheld = 0
         self.captures = False  # whether the `cuda_graphs` patch is there
         self.tell: Callable[[str, str], None] | None = None  # hears what was chosen, by topic
+        self.media: dict[TowerShape, int] = {}
+        """the most that went through a trained tower at once, in patches or soft tokens"""
         self.chosen: dict[tuple[int, ...], Arrangement] = {}
         self._in_tiles: dict[tuple[int, ...], Arrangement] = {}  # with graphs, if that pays
         self.forced: Arrangement | None = None  # to verify and to test by
@@ -72,6 +77,7 @@ class MemoryPolicy:
         twin = object.__new__(MemoryPolicy)
         twin.__dict__.update(
             self.__dict__,
+            media={},
             chosen={},
             _in_tiles={},
             captures=False,
@@ -91,6 +97,14 @@ class MemoryPolicy:
         """
         if (fixed, trained) != (self.fixed, self.trained):
             self.fixed, self.trained = fixed, trained
+            self._choose_anew()
+
+    def expect_media(self, tower: TowerShape, vectors: int) -> None:
+        """So many patches of images, or soft tokens of sound, are about to go through a tower that
+        is trained.
+        """
+        if vectors > self.media.get(tower, 0):
+            self.media[tower] = vectors
             self._choose_anew()
 
     def allow_graphs(self) -> None:
@@ -138,6 +152,7 @@ class MemoryPolicy:
             itemsize,
             input_gradient=hidden.requires_grad,
         )
+        passing += sum(tower_kept_bytes(*media, itemsize) for media in self.media.items())
         return arrange(
             self.shapes,
             batch * length,
@@ -145,7 +160,13 @@ class MemoryPolicy:
             self.vocabulary,
             self.trained + self.withheld if captures else None,
             itemsize,
+            towers=self._towers_backward(itemsize),
         )
+
+    def _towers_backward(self, itemsize: int) -> int:
+        """Bytes: one tower's after the other."""
+        needs = [tower_transient_bytes(*media, itemsize) for media in self.media.items()]
+        return max(needs, default=0)
 
     def _set(self, key: tuple[int, ...], chosen: Arrangement) -> None:
         self.chosen[key] = chosen
@@ -171,13 +192,16 @@ class MemoryPolicy:
         return chosen.graphed
 
     def shortfall(self, hidden: Tensor) -> int:
-        """By how many bytes the loss does not fit beside what is held now, graphs included."""
+        """By how many bytes the loss, or a tower's backward, does not fit beside what is held now,
+        graphs included.
+        """
         assert self.budget is not None
         tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
         tile = self.arrangement(hidden).head_tile
         loss = loss_bytes(tokens, width, self.vocabulary, tile)
+        outside = max(loss, self._towers_backward(hidden.element_size()))
         held = torch.cuda.memory_reserved(hidden.device)
-        return held + loss + self.trained - self.budget
+        return held + outside + self.trained - self.budget
 
     def evaluation_fits(self, hidden: Tensor, captured: Tensor, graphs: int) -> bool:
         """Whether a forward without gradients, of ``hidden`` [B, T, D], fits beside the graphs of a

@@ -315,7 +315,7 @@ class _Key(NamedTuple):
     checkpointing: tuple[bool, ...]
     window: int | None
     table: Any
-    budget: tuple[int | None, int]
+    budget: tuple[int | None, int, Any]
 
 
 class StackGraphs:
@@ -487,7 +487,7 @@ class StackGraphs:
             checkpointing=tuple(layer.gradient_checkpointing for layer in text.layers),
             window=text.config.sliding_window,
             table=_identity_of_table(getattr(text, "embed_tokens_per_layer", None)),
-            budget=(text.memory.budget, text.memory.fixed),
+            budget=(text.memory.budget, text.memory.fixed, tuple(text.memory.media.items())),
         )
 
     def _capture(self, text: Any, hidden: Tensor, rest: tuple[Tensor | None, ...]) -> bool:

@@ -4,10 +4,15 @@ A text-only run's vision and audio towers (0.25 GiB in NF4, 0.9 in bf16), and th
 run on images, move to the CPU when the Trainer is built. They stay part of the model: saved with
 it, found by name. If an image or a sound does arrive, the tower moves to its input and runs as
 ever.
+
+Those that are trained tell the language model's memory policy what passes through them: what they
+keep lies beside the layers' activations, and their backward beside captured graphs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Mapping
 from types import MethodType
 from typing import Any
@@ -15,7 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["bring_towers_back", "settle_towers"]
+from gemma_accel.memory import TowerShape, tower_shapes
+
+__all__ = ["bring_towers_back", "note_media", "settle_towers", "watch_towers"]
 
 _TOWERS = {
     "vision_tower": "image",
@@ -53,6 +60,29 @@ def settle_towers(base: nn.Module, trainer: Any, dataset: Any) -> str:
         run = "text-only run" if not media else "nothing for them to do"
         said.insert(0, f"{run}: {', '.join(parked)} parked on the CPU")
     return "; ".join(said)
+
+
+_watched: weakref.WeakKeyDictionary[nn.Module, tuple[TowerShape, Any]] = weakref.WeakKeyDictionary()
+"""A tower's first layer, and the policy that hears what enters it."""
+
+
+def watch_towers(base: nn.Module, policy: Any) -> None:
+    """Let the memory ``policy`` know what passes through the towers that are trained."""
+    for name, shape in tower_shapes(base.config).items():
+        tower: Any = getattr(base.model, name, None)
+        if tower is not None and any(p.requires_grad for p in tower.parameters()):
+            layers = tower.layers if shape.is_audio else tower.encoder.layers
+            _watched[layers[0]] = shape, policy
+
+
+def note_media(layer: nn.Module, hidden: torch.Tensor) -> None:
+    """A tower's ``layer`` is about to take ``hidden`` [B, T, D]."""
+    found = _watched.get(layer)
+    if found is not None and torch.is_grad_enabled():
+        shape, policy = found
+        replayed = bool(getattr(layer, "gradient_checkpointing", False))  # no audio layer's
+        shape = dataclasses.replace(shape, replayed=replayed)
+        policy.expect_media(shape, hidden.shape[0] * hidden.shape[1])
 
 
 def _media_in(trainer: Any, dataset: Any) -> dict[str, str] | None:

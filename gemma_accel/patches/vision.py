@@ -49,6 +49,7 @@ from gemma_accel.patches.clipped import (
 from gemma_accel.patches.dtypes import why_not_dtype
 from gemma_accel.patches.norms import are_norms
 from gemma_accel.patches.seams import ClassSwap, Fused
+from gemma_accel.patches.towers import note_media
 
 __all__ = [
     "FusedGemma4VisionAttention",
@@ -210,6 +211,7 @@ class FusedGemma4VisionEncoderLayer(Fused, Gemma4VisionEncoderLayer):
         position_ids: Any = None,
         **kwargs: Any,
     ) -> Any:
+        note_media(self, hidden_states)
         attention: Any = self.self_attn
         mlp: Any = self.mlp
         if not self._joins(attention, mlp):

@@ -7,10 +7,14 @@ profiler sees every block of it.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import Gemma4Config, Gemma4ForConditionalGeneration
+from transformers.models.gemma4.modeling_gemma4 import Gemma4ClippableLinear
 
 import gemma_accel
 from gemma_accel import memory
@@ -22,9 +26,13 @@ from gemma_accel.memory import (
     between_layers_bytes,
     layer_shapes,
     peak_bytes,
+    tower_kept_bytes,
+    tower_shapes,
+    tower_transient_bytes,
 )
 from gemma_accel.patches import checkpointing
-from tests.tiny import LANGUAGE, batch, tiny_model
+from gemma_accel.patches.towers import watch_towers
+from tests.tiny import LANGUAGE, batch, full_config, tiny_model
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="reads the CPU allocator, launching nothing"
@@ -85,21 +93,26 @@ def peak_of_a_step(modes, tokens):
 
     policy.run = watched
     ids = batch((tokens,))["input_ids"]
+    blocks = _blocks_of(lambda: peft.model.model(input_ids=ids, use_cache=False).last_hidden_state)
+    hidden = tokens * model.config.hidden_size * 2
+    there = 1 if Mode.OFFLOAD_IN_PARTS in modes[:1] else 2
+    return _peak(blocks, away, hidden, there), layer_shapes(model.config)
+
+
+MARK = 999_983  # bytes of a block that stands where the backward begins
+
+
+def _blocks_of(forward):
+    """The blocks of a forward and its backward, in their order."""
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
         record_function("step"),
     ):
-        out = peft.model.model(input_ids=ids, use_cache=False).last_hidden_state
+        out = forward()
         turn = torch.empty(MARK, dtype=torch.uint8)
         out.backward(torch.empty_like(out))
         del turn
-    events = _allocations(profiled.profiler.kineto_results.experimental_event_tree())
-    hidden = tokens * model.config.hidden_size * 2
-    there = 1 if Mode.OFFLOAD_IN_PARTS in modes[:1] else 2
-    return _peak(sorted(events), away, hidden, there), layer_shapes(model.config)
-
-
-MARK = 999_983  # bytes of a block that stands where the backward begins
+    return sorted(_allocations(profiled.profiler.kineto_results.experimental_event_tree()))
 
 
 def _peak(blocks, away, hidden, there):
@@ -149,3 +162,74 @@ def test_nor_does_a_long_row_whose_tiles_are_a_small_part_of_it(mode, monkeypatc
     for module in (memory, checkpointing):
         monkeypatch.setattr(module, "mlp_schedule", lambda mode, tokens: (False, tokens // 16))
     compare([mode] * 5, 4096)
+
+
+# -- towers --
+
+# half as wide as the released ones
+VISION = dict(
+    hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_key_value_heads=6,
+    head_dim=64, num_hidden_layers=4,
+)  # fmt: skip
+AUDIO = dict(
+    hidden_size=512, num_attention_heads=8, num_hidden_layers=4, subsampling_conv_channels=[128, 32]
+)
+
+
+def trained_tower(kind):
+    """A model with adapters in one tower."""
+    config = full_config().to_dict()
+    config["vision_config"] |= VISION
+    config["audio_config"] |= AUDIO
+    model = Gemma4ForConditionalGeneration._from_config(
+        Gemma4Config.from_dict(config), dtype=torch.bfloat16
+    ).train()
+    gemma_accel.apply(model, vram_gib=1.0)
+    linears = [n for n, m in model.named_modules() if isinstance(m, Gemma4ClippableLinear)]
+    targets = [name for name in linears if re.match(rf".*{kind}_tower\.", name)]
+    for parameter in get_peft_model(model, LoraConfig(r=4, target_modules=targets)).parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.disable_input_require_grads()
+    return model
+
+
+def features(model, kind):
+    """Of two images of 70 soft tokens each, or twenty seconds of sound."""
+    if kind == "audio":
+        frames = torch.randn(1, 2000, 128).bfloat16()
+        out = model.model.get_audio_features(frames, torch.ones(1, 2000, dtype=torch.bool))
+        return out.pooler_output[out.attention_mask]
+    grid = torch.meshgrid(torch.arange(30), torch.arange(21), indexing="xy")
+    positions = torch.stack(grid, -1).reshape(1, -1, 2).expand(2, -1, -1).contiguous()
+    pixels = torch.rand(2, 630, model.config.vision_config.patch_size**2 * 3).bfloat16()
+    return torch.cat(list(model.model.get_image_features(pixels, positions).pooler_output))
+
+
+@pytest.mark.usefixtures("launch_nothing")
+@pytest.mark.parametrize("replayed", [True, False])
+@pytest.mark.parametrize("kind", ["vision", "audio"])
+def test_nor_does_a_tower(kind, replayed):
+    model = trained_tower(kind)
+    if replayed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    policy = model.model.language_model.memory
+    watch_towers(model, policy)
+    blocks = _blocks_of(lambda: features(model, kind))
+    ((shape, vectors),) = policy.media.items()
+    assert vectors == {"vision": 2 * 630, "audio": 500}[kind]
+    if replayed:  # as the planner takes it to be
+        assert shape == tower_shapes(model.config)[f"{kind}_tower"]
+    peak = _peak(blocks, set(), 0, 0)
+    said = tower_kept_bytes(shape, vectors) + tower_transient_bytes(shape, vectors)
+    assert 0.8 * said <= peak <= said, peak / said
+
+
+@pytest.mark.usefixtures("launch_nothing")
+def test_a_tower_without_gradients_says_nothing():
+    model = trained_tower("vision")
+    policy = model.model.language_model.memory
+    watch_towers(model, policy)
+    with torch.no_grad():
+        features(model, "vision")
+    features(model, "audio")  # frozen
+    assert not policy.media
