@@ -53,12 +53,21 @@ def _lines(head: str, rows: list[list[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
+def _rows(files: list[Row]) -> Iterator[tuple[Row, Row]]:
+    """Each row with its file. Stock that ran again beside another stack, for the ratio, is one."""
+    seen = set()
+    for file in files:
+        for row in file["rows"]:
+            if (key := (_work(row), _stack(row), row.get("seed"))) not in seen:
+                seen.add(key)
+                yield row, file
+
+
 def _steps(files: list[Row]) -> Iterator[str]:
     head = "work | stack | load, GiB | training, GiB | step, s | tokens/s | MFU | launches"
     rows = [
         [_work(row), _stack(row), *_figures(row, _stock(row, file), file["card"])]
-        for file in files
-        for row in file["rows"]
+        for row, file in _rows(files)
     ]
     return _lines(f"{head} | GPU busy, ms | against stock", rows)
 
@@ -67,7 +76,7 @@ def _memory(files: list[Row]) -> Iterator[str]:
     """Of each row what was measured, with `plan`'s figure behind it where there is a plan."""
     head = "work | stack | reserved, GiB | planned | allocated | host | planned"
     rows = []
-    for row in (row for file in files for row in file["rows"] if "error" not in row):
+    for row in (row for row, _ in _rows(files) if "error" not in row):
         reserved, host = _planned(row)
         held = row["host_gib"]["anonymous"] + row["host_gib"]["shared"]
         figures = (row["peak_reserved_gib"], reserved, row.get("peak_allocated_gib"), held, host)
@@ -77,12 +86,15 @@ def _memory(files: list[Row]) -> Iterator[str]:
 
 
 def _planned(row: Row) -> tuple[float | None, float | None]:
-    """The GiB that `plan` says of the card and of the host."""
+    """The GiB that `plan` says of the card and of the host, where it knows the stack and how much
+    there is.
+    """
     planned = bench_media.plan_of if row["work"] in MEDIA else plan_of
-    made = planned(row["work"], row.get("vram_gib") or row["cap_gib"])
+    limit = row.get("vram_gib") or row["cap_gib"]
+    made = planned(row["work"], limit)
     if row["stack"] == "trl":
         return made.choices["alternatives"]["stock TRL, training"], None
-    if row["stack"] != "gemma_accel":
+    if row["stack"] != "gemma_accel" or limit is None:
         return None, None
     return max(made.peak_gib, made.load_peak_gib), made.host_gib  # what loading took is kept
 
@@ -90,9 +102,7 @@ def _planned(row: Row) -> tuple[float | None, float | None]:
 def _media(files: list[Row]) -> Iterator[str]:
     head = "work | stack | load, GiB | training, GiB | step, s | launches"
     rows = [
-        [_work(row), _stack(row), *_figures(row, _stock(row, file))]
-        for file in files
-        for row in file["rows"]
+        [_work(row), _stack(row), *_figures(row, _stock(row, file))] for row, file in _rows(files)
     ]
     return _lines(f"{head} | GPU busy, ms | against stock", rows)
 

@@ -58,6 +58,23 @@ def test_a_table_is_written_from_its_files(tmp_path):
     ]
 
 
+def test_stock_that_ran_again_for_the_ratio_is_one_row(tmp_path):
+    media = {"work": "sound", "load_peak_gib": 2.0, "peak_reserved_gib": 5.0, "cap_gib": None}
+    for name, step, stack, others in (("one", 1.0, "unsloth", 0.8), ("two", 0.5, "liger", 0.25)):
+        rows = [
+            media | {"stack": "trl", "step_s": step},
+            media | {"stack": stack, "step_s": others},
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"card": "any", "rows": rows}))
+    written = tables.render("<!-- media: one.json two.json -->\n<!-- /media -->", tmp_path)
+    shown = [[cell.strip() for cell in line.split("|")[2:]] for line in written.splitlines()[3:-1]]
+    assert [(row[0], row[3], row[-2]) for row in shown] == [
+        ("TRL", "1.000", "1.00"),
+        ("Unsloth", "0.800", "1.25"),
+        ("TRL + Liger", "0.250", "2.00"),
+    ]
+
+
 def test_the_versions_and_the_card_are_the_files():
     for name in FILES:
         run = results(name)
@@ -105,12 +122,14 @@ def test_the_learning_curve_is_the_file():
 
 def test_the_host_memory_of_long_rows_is_the_files():
     text = " ".join(README.split())
-    (long,), (_, longest) = (results(f"{name}.json")["rows"] for name in ("h200-w4", "h100-long"))
+    (_, long, _), (_, longest) = (
+        results(f"{name}.json")["rows"] for name in ("h200-w4", "h100-long")
+    )
     assert (long["sequence_length"], longest["sequence_length"]) == (65536, 131072)
     host, most = (
         row["host_gib"]["anonymous"] + row["host_gib"]["shared"] for row in (long, longest)
     )
-    assert f"65,536 tokens is one timed step; it takes {host:.1f} GiB of host memory" in text
+    assert f"ours takes {host:.1f} GiB of host memory" in text
     assert f"131,072 tokens are all that the model was made for; they take {most:.1f} GiB" in text
 
 
