@@ -70,9 +70,13 @@ def watch_towers(base: nn.Module, policy: Any) -> None:
     """Let the memory ``policy`` know what passes through the towers that are trained."""
     for name, shape in tower_shapes(base.config).items():
         tower: Any = getattr(base.model, name, None)
-        if tower is not None and any(p.requires_grad for p in tower.parameters()):
-            layers = tower.layers if shape.is_audio else tower.encoder.layers
-            _watched[layers[0]] = shape, policy
+        if tower is None:
+            continue
+        first = (tower if shape.is_audio else tower.encoder).layers[0]
+        if any(parameter.requires_grad for parameter in tower.parameters()):
+            _watched[first] = shape, policy
+        else:  # as it may have been for the trainer before
+            _watched.pop(first, None)
 
 
 def note_media(layer: nn.Module, hidden: torch.Tensor) -> None:

@@ -233,3 +233,8 @@ def test_a_tower_without_gradients_says_nothing():
         features(model, "vision")
     features(model, "audio")  # frozen
     assert not policy.media
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    watch_towers(model, policy)
+    features(model, "vision")  # by now
+    assert not policy.media
