@@ -390,9 +390,15 @@ def evaluation_bytes(
     return max(layer_work, head) * itemsize + between
 
 
+SOUND_FRONT = 3 * 2 * 64 * 128
+"""Elements for each soft token of sound: the first convolution's output, half of 128 frequencies in
+128 channels at twice the tokens' rate, its norm, and its activation.
+"""
+
+
 @dataclass(frozen=True)
 class TowerShape:
-    """A vision or audio tower that is trained, which is one whose activations are kept."""
+    """A vision or audio tower, and how it is run."""
 
     hidden: int
     mlp: int
@@ -401,10 +407,14 @@ class TowerShape:
     replayed: bool
     """whether its layers keep their inputs alone: stock's checkpointing reaches the vision tower's
     """
+    trained: bool = True
+    """whether there is a backward to keep anything for"""
 
 
 def tower_shapes(config: Any) -> dict[str, TowerShape]:
-    """The towers of a `Gemma4Config`, by the name of the module; the unified model has none."""
+    """The towers of a `Gemma4Config`, by the name of the module, as they run where they are
+    trained; the unified model has none.
+    """
     found: dict[str, TowerShape] = {}
     if config.model_type != "gemma4":
         return found
@@ -421,6 +431,8 @@ def tower_kept_bytes(tower: TowerShape, vectors: int, itemsize: int = 2) -> int:
     """Bytes that a tower keeps of ``vectors`` (patches of images, or soft tokens of sound) from its
     forward to its backward, which is the language model's time.
     """
+    if not tower.trained:
+        return 0
     if tower.is_audio:
         # a feed-forward's input, its norm, both sides of the activation, its output, twice;
         # attention's input, its norm, queries, keys, values, output, its projection; the
@@ -436,7 +448,13 @@ def tower_kept_bytes(tower: TowerShape, vectors: int, itemsize: int = 2) -> int:
 
 
 def tower_transient_bytes(tower: TowerShape, vectors: int, itemsize: int = 2) -> int:
-    """Bytes that a tower's backward needs beyond what is kept, at its highest point."""
+    """Bytes that a tower needs beyond what is kept, at its highest point: of the backward, or of a
+    forward that none follows.
+    """
+    if not tower.trained:
+        # what is in front; or a layer's gate, up, their product, norms and sums
+        elements = SOUND_FRONT if tower.is_audio else 7 * tower.hidden + 3 * tower.mlp
+        return vectors * elements * itemsize
     # gradients: of one side of the activation, or of gate, up and the residual stream
     elements = tower.mlp if tower.is_audio else 2 * tower.mlp + tower.hidden
     if tower.replayed:

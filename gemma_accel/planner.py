@@ -703,9 +703,9 @@ def _eval_peak(run: _Run, choice: Arrangement, length: int, train_tokens: int) -
         counts.layers, choice, train_tokens, shape, counts.text.vocab_size, ITEMSIZE
     )
     passing += _experts_bytes(run, EVAL_BATCH * length, backward=False)
-    # before that a tower's widest layer: gate, up, their product and what they come from
-    widest = [4 * vectors * shape.mlp * ITEMSIZE for shape, vectors in run.media(EVAL_BATCH)]
-    passing = max(passing, *widest) if widest else passing
+    for tower, vectors in run.media(EVAL_BATCH):  # before that
+        frozen = dataclasses.replace(tower, trained=False)
+        passing = max(passing, tower_transient_bytes(frozen, vectors, ITEMSIZE))
     return _reserved(run, _resident(run) - _trained(run)["gradients"], passing)
 
 

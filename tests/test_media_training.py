@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import os
@@ -138,7 +139,7 @@ def test_a_frozen_tower_stays_out_of_autograd(tmp_path):
     assert len(outputs) >= 4 and not any(out.requires_grad for out in outputs)
 
 
-def test_the_memory_policy_hears_what_passes_a_trained_tower(tmp_path):
+def test_the_memory_policy_hears_what_passes_the_towers(tmp_path):
     targets = r".*(vision_tower|language_model)\..*\.q_proj"
     made, _ = trainer("both", tmp_path, applied=True, targets=targets)
     collator, patches = made.data_collator, []
@@ -151,8 +152,10 @@ def test_the_memory_policy_hears_what_passes_a_trained_tower(tmp_path):
     made.data_collator = watched
     made.train()
     base = made.model.get_base_model()
-    (tower,) = [s for s in tower_shapes(base.config).values() if not s.is_audio]
-    assert base.model.language_model.memory.media == {tower: max(patches)}
+    vision, audio = tower_shapes(base.config).values()
+    heard = base.model.language_model.memory.media
+    assert heard[vision] == max(patches) > 0
+    assert set(heard) == {vision, dataclasses.replace(audio, trained=False)}  # no adapters in it
 
 
 def test_adapters_go_back_to_stock(tmp_path):

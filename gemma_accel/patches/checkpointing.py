@@ -64,10 +64,11 @@ class MemoryPolicy:
         self.vocabulary = text.config.vocab_size
         self.budget: int | None = None
         self.fixed = self.trained = self.withheld = 0
-        self.captures = False  # whether the `cuda_graphs` patch is there
+        self.graphs: StackGraphs | None = None  # where the `cuda_graphs` patch is there
+        self.captures = False  # and whether it is to capture
         self.tell: Callable[[str, str], None] | None = None  # hears what was chosen, by topic
         self.media: dict[TowerShape, int] = {}
-        """the most that went through a trained tower at once, in patches or soft tokens"""
+        """the most that went through a tower at once in training, in patches or soft tokens"""
         self.chosen: dict[tuple[int, ...], Arrangement] = {}
         self._in_tiles: dict[tuple[int, ...], Arrangement] = {}  # with graphs, if that pays
         self.forced: Arrangement | None = None  # to verify and to test by
@@ -80,6 +81,7 @@ class MemoryPolicy:
             media={},
             chosen={},
             _in_tiles={},
+            graphs=None,
             captures=False,
             tell=None,
             _inputs=OffloadedInputs(),
@@ -100,16 +102,24 @@ class MemoryPolicy:
             self._choose_anew()
 
     def expect_media(self, tower: TowerShape, vectors: int) -> None:
-        """So many patches of images, or soft tokens of sound, are about to go through a tower that
-        is trained.
+        """So many patches of images, or soft tokens of sound, are about to go through a tower in a
+        training step.
         """
         if vectors > self.media.get(tower, 0):
             self.media[tower] = vectors
             self._choose_anew()
+            if self.graphs is not None:  # captured beside less
+                self.graphs.make_room()
 
-    def allow_graphs(self) -> None:
+    def evaluate_media(self, tower: TowerShape, hidden: Tensor) -> None:
+        """``hidden`` [B, T, D] is about to go through a tower, and no backward follows."""
+        needed = tower_transient_bytes(tower, hidden.shape[0] * hidden.shape[1])
+        if self.graphs is not None and not self._fits_beside(self.graphs.nbytes, needed, hidden):
+            self.graphs.make_room()
+
+    def allow_graphs(self, graphs: StackGraphs) -> None:
         """Layers may be captured from now on."""
-        self.captures = True
+        self.graphs, self.captures = graphs, True
         self._choose_anew()
 
     def give_up_graphs(self) -> None:
@@ -207,7 +217,6 @@ class MemoryPolicy:
         """Whether a forward without gradients, of ``hidden`` [B, T, D], fits beside the graphs of a
         batch like ``captured``, which hold so many bytes.
         """
-        assert self.budget is not None
         chosen = self.arrangement(captured)
         needed = evaluation_bytes(
             self.shapes,
@@ -217,6 +226,10 @@ class MemoryPolicy:
             self.vocabulary,
             hidden.element_size(),
         )
+        return self._fits_beside(graphs, needed, hidden)
+
+    def _fits_beside(self, graphs: int, needed: int, hidden: Tensor) -> bool:
+        assert self.budget is not None
         held = max(self.fixed, torch.cuda.memory_allocated(hidden.device))
         return held + graphs + needed <= self.budget * (1 - SLACK)
 
@@ -372,7 +385,7 @@ class GraphsPatch(Patch):
 
     def install(self, module: Any) -> Undoing:
         graphs = StackGraphs(module)
-        module.memory.allow_graphs()
+        module.memory.allow_graphs(graphs)
         for layer in module.layers:
             layer.graphs = graphs
 

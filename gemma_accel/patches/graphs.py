@@ -358,7 +358,7 @@ class StackGraphs:
             return None
         text = self._text()
         if not (layer.training and torch.is_grad_enabled()):
-            self._make_room(text, hidden)
+            self._make_room_for(text, hidden)
             return None
         rest = self._inputs(text, per_layer_input, kwargs)
         if isinstance(rest, str):
@@ -422,14 +422,22 @@ class StackGraphs:
         self._captured = None
         _empty()
 
-    def _make_room(self, text: Any, hidden: Tensor) -> None:
-        """For an evaluation, where it does not fit beside the graphs; the next step captures them
-        again.
-        """
+    def _make_room_for(self, text: Any, hidden: Tensor) -> None:
+        """For an evaluation of ``hidden``, where it does not fit beside the graphs."""
         captured = self._captured
-        if captured is None or self._is_waiting():
-            return
-        if not text.memory.evaluation_fits(hidden, captured.hidden, captured.nbytes):
+        if captured is not None and not text.memory.evaluation_fits(
+            hidden, captured.hidden, captured.nbytes
+        ):
+            self.make_room()
+
+    @property
+    def nbytes(self) -> int:
+        """What the graphs hold."""
+        return 0 if self._captured is None else self._captured.nbytes
+
+    def make_room(self) -> None:
+        """For what does not fit beside the graphs; the next step captures them again."""
+        if self._captured is not None and not self._is_waiting():
             self._release()
             self._captures -= 1  # it was none that something changed for
 

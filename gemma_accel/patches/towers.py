@@ -5,8 +5,8 @@ run on images, move to the CPU when the Trainer is built. They stay part of the 
 it, found by name. If an image or a sound does arrive, the tower moves to its input and runs as
 ever.
 
-Those that are trained tell the language model's memory policy what passes through them: what they
-keep lies beside the layers' activations, and their backward beside captured graphs.
+The others tell the language model's memory policy what passes through them: what they keep lies
+beside the layers' activations, and their forward and backward beside captured graphs.
 """
 
 from __future__ import annotations
@@ -63,30 +63,32 @@ def settle_towers(base: nn.Module, trainer: Any, dataset: Any) -> str:
 
 
 _watched: weakref.WeakKeyDictionary[nn.Module, tuple[TowerShape, Any]] = weakref.WeakKeyDictionary()
-"""A tower's first layer, and the policy that hears what enters it."""
+"""A tower's first layer, what it is, and the policy that hears what enters it."""
 
 
 def watch_towers(base: nn.Module, policy: Any) -> None:
-    """Let the memory ``policy`` know what passes through the towers that are trained."""
+    """Let the memory ``policy`` know what passes through the towers."""
     for name, shape in tower_shapes(base.config).items():
         tower: Any = getattr(base.model, name, None)
         if tower is None:
             continue
         first = (tower if shape.is_audio else tower.encoder).layers[0]
-        if any(parameter.requires_grad for parameter in tower.parameters()):
-            _watched[first] = shape, policy
-        else:  # as it may have been for the trainer before
-            _watched.pop(first, None)
+        trained = any(parameter.requires_grad for parameter in tower.parameters())
+        _watched[first] = dataclasses.replace(shape, trained=trained), policy
 
 
 def note_media(layer: nn.Module, hidden: torch.Tensor) -> None:
     """A tower's ``layer`` is about to take ``hidden`` [B, T, D]."""
     found = _watched.get(layer)
-    if found is not None and torch.is_grad_enabled():
-        shape, policy = found
-        replayed = bool(getattr(layer, "gradient_checkpointing", False))  # no audio layer's
-        shape = dataclasses.replace(shape, replayed=replayed)
-        policy.expect_media(shape, hidden.shape[0] * hidden.shape[1])
+    if found is None or not hidden.shape[0]:
+        return
+    shape, policy = found
+    if not (layer.training and torch.is_grad_enabled()):
+        policy.evaluate_media(dataclasses.replace(shape, trained=False), hidden)
+        return
+    replayed = bool(getattr(layer, "gradient_checkpointing", False))  # no audio layer's
+    shape = dataclasses.replace(shape, replayed=replayed)
+    policy.expect_media(shape, hidden.shape[0] * hidden.shape[1])
 
 
 def _media_in(trainer: Any, dataset: Any) -> dict[str, str] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import gemma_accel
-from gemma_accel.memory import HEAD_TILE, Arrangement, Mode
+from gemma_accel.memory import HEAD_TILE, Arrangement, Mode, TowerShape
 from gemma_accel.patches.graphs import (
     StackGraphs,
     _capturing,
@@ -179,6 +181,7 @@ def stack():
 
 
 HIDDEN = torch.zeros(2, 8, 16)
+TOWER = TowerShape(hidden=768, mlp=3072, layers=16, is_audio=False, replayed=True)
 
 
 class TestWhatAGraphTakesForGranted:
@@ -283,21 +286,50 @@ class TestAnEvaluation:
                 return
 
     def test_of_the_training_batchs_size_runs_beside_the_graphs(self, stack, graphs):
-        graphs._make_room(stack[0], HIDDEN)
+        graphs._make_room_for(stack[0], HIDDEN)
         assert graphs._captured is not None
 
     def test_that_does_not_fit_beside_them_sends_them_away_until_the_next_step(self, stack, graphs):
         hidden = torch.empty(64, 512, 16)
         self.fill(stack[0], hidden)
-        graphs._make_room(stack[0], hidden)
+        graphs._make_room_for(stack[0], hidden)
         assert graphs._captured is None and graphs._captures == 0 and not graphs.off
 
     def test_leaves_graphs_alone_that_wait_for_their_backward(self, stack, graphs):
         hidden = torch.empty(64, 512, 16)
         self.fill(stack[0], hidden)
         graphs._captured.waiting = lambda: self
-        graphs._make_room(stack[0], hidden)
+        graphs._make_room_for(stack[0], hidden)
         assert graphs._captured is not None
+
+    @pytest.mark.parametrize("vectors", [8, 1 << 14])
+    def test_whose_images_do_not_fit_beside_them_sends_them_away_before(
+        self, stack, graphs, vectors
+    ):
+        memory = stack[0].memory
+        memory.allow_graphs(graphs)
+        memory.set_budget(64 << 20)
+        memory.evaluate_media(dataclasses.replace(TOWER, trained=False), torch.empty(1, vectors, 8))
+        assert (graphs._captured is None) == (vectors > 8)
+
+    def test_a_step_with_more_images_than_ever_sends_them_away_before_its_tower_runs(
+        self, stack, graphs
+    ):
+        memory, captured = stack[0].memory, graphs._captured
+        memory.expect_media(TOWER, 100)
+        memory.allow_graphs(graphs)
+        memory.expect_media(TOWER, 99)
+        assert graphs._captured is captured
+        memory.expect_media(TOWER, 101)
+        assert graphs._captured is None and graphs._captures == 0
+        assert memory.media == {TOWER: 101}
+
+    def test_a_copy_of_the_model_has_neither_graphs_nor_media(self, stack, graphs):
+        memory = stack[0].memory
+        memory.allow_graphs(graphs)
+        memory.expect_media(TOWER, 101)
+        twin = copy.deepcopy(memory)
+        assert twin.graphs is None and not twin.captures and not twin.media
 
 
 class TestAForwardThatGraphsDoNotServe:
