@@ -271,6 +271,7 @@ def test_a_layer_keeps_the_bytes_that_the_arithmetic_says(device, mode):
 
 
 class TestHeadTile:
+    @pytest.mark.usefixtures("references")  # the head is no kernel
     def test_the_lm_head_takes_fewer_tokens_at_a_time_and_trl_gets_its_own_back(self):
         from trl.kernels import chunked_logprob
 
