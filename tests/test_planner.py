@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from benchmarks import bench_media, works
 from benchmarks.works import ADAPTED
-from gemma_accel import planner
+from gemma_accel import counts, planner
 from gemma_accel.errors import UnsupportedModelError
 from gemma_accel.memory import (
     HEAD_TILE,
@@ -40,8 +40,8 @@ def make(model="e2b", **changes) -> Plan:
 
 
 def run_of(model="e2b", vram_gib=7.0, quantization="nf4", lora_rank=16):
-    config = planner._config_of(CONFIGS[model])
-    return planner._Run(planner._counts(config), vram_gib, quantization, lora_rank)
+    config = counts.config_of(CONFIGS[model])
+    return planner._Run(counts.count(config), vram_gib, quantization, lora_rank)
 
 
 # --- measured ---
@@ -164,7 +164,7 @@ def test_other_sizes(model, total, linears, experts):
 def test_adapters_are_as_many_as_peft_makes():
     model = tiny_model("conditional")
     peft = get_peft_model(model, LoraConfig(r=4, target_modules=ADAPTED))
-    run = planner._Run(planner._counts(full_config()), None, None, 4)
+    run = planner._Run(counts.count(full_config()), None, None, 4)
     trained = sum(p.nbytes for p in peft.parameters() if p.requires_grad)
     assert trained > 0 and run.adapters == trained  # PEFT's float32 for a base that is not 4-bit
 
@@ -173,7 +173,7 @@ def test_adapters_are_as_many_as_peft_makes():
 def test_weights_are_those_of_the_model(kind):
     model = tiny_model(kind)
     inner = model.model
-    towers = [getattr(inner, name) for name in planner._TOWERS if hasattr(inner, name)]
+    towers = [getattr(inner, name) for name in counts.TOWERS if hasattr(inner, name)]
     expected = {
         "towers (host)": sum(p.numel() for tower in towers for p in tower.parameters()),
         "per-layer table (host)": getattr(
@@ -485,7 +485,7 @@ def test_used_towers_are_on_the_gpu_with_adapters_and_the_other_is_parked():
 
 def test_adapters_in_a_tower_are_as_many_as_peft_makes():
     model = tiny_model("conditional")
-    for name, tower in planner._counts(model.config).towers.items():
+    for name, tower in counts.count(model.config).towers.items():
         peft = get_peft_model(
             tiny_model("conditional"),
             LoraConfig(r=4, target_modules=rf".*{name}_tower.*\.linear"),
