@@ -113,9 +113,13 @@ class MemoryPolicy:
 
     def evaluate_media(self, tower: TowerShape, hidden: Tensor) -> None:
         """``hidden`` [B, T, D] is about to go through a tower, and no backward follows."""
-        needed = tower_transient_bytes(tower, hidden.shape[0] * hidden.shape[1])
-        if self.graphs is not None and not self._fits_beside(self.graphs.nbytes, needed, hidden):
-            self.graphs.make_room()
+        graphs = self.graphs
+        if graphs is None or not graphs.captured:
+            return
+        vectors = hidden.shape[0] * hidden.shape[1]
+        needed = tower_transient_bytes(tower, vectors, hidden.element_size())
+        if not self._fits_beside(graphs.nbytes, needed, hidden):
+            graphs.make_room()
 
     def allow_graphs(self, graphs: StackGraphs) -> None:
         """Layers may be captured from now on."""
