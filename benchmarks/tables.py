@@ -54,13 +54,16 @@ def _lines(head: str, rows: list[list[str]]) -> Iterator[str]:
 
 
 def _rows(files: list[Row]) -> Iterator[tuple[Row, Row]]:
-    """Each row with its file. Stock that ran again beside another stack, for the ratio, is one."""
-    seen = set()
+    """Each row with its file. Stock that ran again beside another stack, for the ratio, is one; and
+    what has failed and succeeded has succeeded.
+    """
+    found: dict[Any, tuple[Row, Row]] = {}
     for file in files:
         for row in file["rows"]:
-            if (key := (_work(row), _stack(row), row.get("seed"))) not in seen:
-                seen.add(key)
-                yield row, file
+            key = _work(row), _stack(row), row.get("seed")
+            if key not in found or "error" in found[key][0]:
+                found[key] = row, file
+    yield from found.values()
 
 
 def _steps(files: list[Row]) -> Iterator[str]:

@@ -173,14 +173,14 @@ def main() -> None:
     if options.worker:
         worker(json.loads(options.worker))
         return
-    results: dict[str, list[dict]] = {}
-    for job, workers in _through(options):
-        place = where()
+    results: dict[int, list[dict]] = {}
+    for place, workers in _through(options):
+        there = where()
         rows = [_row(w, timed=not options.together) for w in workers]
-        _compare(rows, place["peak_tflops"])
-        results[job] = rows
+        _compare(rows, there["peak_tflops"])
+        results[place] = rows
         print(*table(rows), sep="\n", flush=True)
-        document = {**place, "rows": list(itertools.chain(*results.values()))}
+        document = {**there, "rows": list(itertools.chain(*results.values()))}
         Path(options.out).write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -224,32 +224,30 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _through(options: argparse.Namespace) -> Iterator[tuple[str, list[Worker]]]:
-    """Each entry of ``--works`` with its workers that are through. All of all works load side by
-    side, and then wait for their turn; ``--apart``, each is through before the next one starts,
-    and a run that is cut short has what it did.
+def _through(options: argparse.Namespace) -> Iterator[tuple[int, list[Worker]]]:
+    """Each entry of ``--works``, by its place there, with its workers that are through. All of all
+    works load side by side, and then wait for their turn; ``--apart``, each is through before the
+    next one starts, and a run that is cut short has what it did.
     """
     logs = Path(options.directory) / "logs"
     logs.mkdir(exist_ok=True)
-    count, jobs = itertools.count(), []
-    for job in options.works:
+    count = itertools.count()
+    jobs: list[list[Worker]] = [[] for _ in options.works]
+    for place, (job, workers) in enumerate(zip(options.works, jobs, strict=True)):
         name, _, own = job.partition("=")
         path = build_apart(WORKS[name].model, options.directory)
-        workers: list[Worker] = []
-        jobs.append((job, workers))
-        for stack, seed in itertools.product(
-            own.split(",") if own else options.stacks, options.seeds
-        ):
+        stacks = own.split(",") if own else options.stacks
+        for stack, seed in itertools.product(stacks, options.seeds):
             spec = _spec(options, name, stack, path, seed)
             log = logs / f"{next(count):02}-{name}-{spec['stack']}.log"
             workers.append(Worker(MODULE, spec, log))
             if options.apart:
                 run_work(workers[-1:])
-                yield job, workers
+                yield place, workers
     if not options.apart:
-        for job, workers in jobs:
+        for place, workers in enumerate(jobs):
             run_work(workers, together=options.together)
-            yield job, workers
+            yield place, workers
 
 
 def _compare(rows: list[dict], peak_tflops: float | None) -> None:

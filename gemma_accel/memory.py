@@ -17,6 +17,7 @@ from typing import Any
 __all__ = [
     "AWAY",
     "HEAD_TILE",
+    "SOUND_FRONT",
     "Arrangement",
     "LayerShape",
     "Mode",

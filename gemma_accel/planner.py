@@ -25,6 +25,7 @@ from gemma_accel.counts import Counts, Tower, config_of, count
 from gemma_accel.memory import (
     AWAY,
     HEAD_TILE,
+    SOUND_FRONT,
     Arrangement,
     LayerShape,
     Mode,
@@ -247,8 +248,9 @@ def _check_media(images: int, sound_seconds: float) -> None:
 
 def _check_room(run: _Run, length: int) -> None:
     for name in run.soft_tokens:
-        tower = run.counts.towers.get(name)
-        if tower is None or tower.shape is None:
+        if run.is_stock:
+            raise ValueError("plan: the unified model's media are not planned. Plan its text.")
+        if name not in run.counts.towers:
             raise ValueError(
                 f"plan: this config has no {name} tower, so that its sequences hold no "
                 f"{'images' if name == 'vision' else 'sound'}. Plan a text-only run."
@@ -425,7 +427,11 @@ def _held(run: _Run, batch_size: int, length: int) -> float:
 
 
 def _towers_kept(run: _Run, batch_size: int) -> int:
-    return sum(tower_kept_bytes(*media, ITEMSIZE) for media in run.media(batch_size))
+    media = run.media(batch_size)
+    kept = sum(tower_kept_bytes(*one, ITEMSIZE) for one in media)
+    if run.lora_rank == 0:  # convolutions in front that are trained keep what they make
+        kept += sum(n * SOUND_FRONT * ITEMSIZE for tower, n in media if tower.is_audio)
+    return kept
 
 
 def _towers_backward(run: _Run, batch_size: int) -> int:

@@ -74,6 +74,11 @@ def test_stacks_take_their_steps_in_turn(monkeypatch, stand_in, capsys):
     assert log.read_text() == "a line of its own\n"
 
 
+def test_a_work_that_is_named_twice_is_done_twice(monkeypatch, stand_in):
+    out, _ = run(monkeypatch, stand_in, "--works", "W1=trl", "W1=trl", "--steps", "2")
+    assert [row["stack"] for row in out["rows"]] == ["trl", "trl"]
+
+
 def test_one_after_the_other_where_they_do_not_fit(monkeypatch, stand_in):
     _, order = run(monkeypatch, stand_in, "--apart", "--steps", "2")
     assert order == [f"W1 {stack} {step}" for stack in ("trl", "gemma_accel") for step in range(2)]

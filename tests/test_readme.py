@@ -58,7 +58,7 @@ def test_a_table_is_written_from_its_files(tmp_path):
     ]
 
 
-def test_stock_that_ran_again_for_the_ratio_is_one_row(tmp_path):
+def test_stock_that_ran_again_for_the_ratio_is_one_row_and_so_is_a_second_try(tmp_path):
     media = {"work": "sound", "load_peak_gib": 2.0, "peak_reserved_gib": 5.0, "cap_gib": None}
     for name, step, stack, others in (("one", 1.0, "unsloth", 0.8), ("two", 0.5, "liger", 0.25)):
         rows = [
@@ -66,7 +66,10 @@ def test_stock_that_ran_again_for_the_ratio_is_one_row(tmp_path):
             media | {"stack": stack, "step_s": others},
         ]
         (tmp_path / f"{name}.json").write_text(json.dumps({"card": "any", "rows": rows}))
-    written = tables.render("<!-- media: one.json two.json -->\n<!-- /media -->", tmp_path)
+    failed = media | {"stack": "liger", "error": "exit 1"}
+    (tmp_path / "zero.json").write_text(json.dumps({"card": "any", "rows": [failed]}))
+    marked = "<!-- media: one.json zero.json two.json -->\n<!-- /media -->"
+    written = tables.render(marked, tmp_path)
     shown = [[cell.strip() for cell in line.split("|")[2:]] for line in written.splitlines()[3:-1]]
     assert [(row[0], row[3], row[-2]) for row in shown] == [
         ("TRL", "1.000", "1.00"),

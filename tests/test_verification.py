@@ -22,9 +22,11 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import gemma_accel
 from gemma_accel import Verification, verification, verify
 from gemma_accel.memory import Mode
+from gemma_accel.models import base_model
 from gemma_accel.patches.lm_head import _head_runs_on
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding, _send_away
 from gemma_accel.patches.seams import Fused
+from gemma_accel.patches.towers import watch_towers
 from gemma_accel.patching import report_of
 from gemma_accel.verification import EVERYTHING, VerificationError, verify_before_training
 from gemma_accel.verification.comparison import Comparison
@@ -624,6 +626,18 @@ def test_the_model_is_left_as_it_was(monkeypatch, applied, faulty):
     if applied:
         assert (report.applied, report.skipped) == (records, skipped)
         assert (len(report._undos), len(report._checks)) == count
+
+
+@references
+def test_what_passes_the_towers_meanwhile_is_not_the_runs():
+    model = small("conditional", lora=True)
+    policy = text(model).memory
+    watch_towers(base_model(model), policy)
+    heard = []
+    expect = policy.expect_media
+    policy.expect_media = lambda *media: heard.append(media) or expect(*media)
+    assert verify(model).ok
+    assert heard and text(model).memory is policy and not policy.media
 
 
 @references

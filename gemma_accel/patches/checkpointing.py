@@ -106,15 +106,27 @@ class MemoryPolicy:
         training step.
         """
         if vectors > self.media.get(tower, 0):
-            self.media[tower] = vectors
-            self._choose_anew()
-            if self.graphs is not None:  # captured beside less
-                self.graphs.make_room()
+            others = {t: n for t, n in self.media.items() if t.is_audio != tower.is_audio}
+            self.set_media(others | {tower: vectors})
+
+    def set_media(self, media: dict[TowerShape, int]) -> None:
+        """From now on this is the most that goes through the towers."""
+        self.media = media
+        self._choose_anew()
+        if self.graphs is not None:  # captured beside something else
+            self.graphs.make_room()
+
+    def take(self, nbytes: int) -> None:
+        """So much more is about to be taken for good."""
+        self.fixed += nbytes
+        self._choose_anew()
+        if self.graphs is not None:
+            self.graphs.make_room()
 
     def evaluate_media(self, tower: TowerShape, hidden: Tensor) -> None:
         """``hidden`` [B, T, D] is about to go through a tower, and no backward follows."""
         graphs = self.graphs
-        if graphs is None or not graphs.captured:
+        if graphs is None or not graphs.captured or not hidden.is_cuda:
             return
         vectors = hidden.shape[0] * hidden.shape[1]
         needed = tower_transient_bytes(tower, vectors, hidden.element_size())

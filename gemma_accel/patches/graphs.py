@@ -436,7 +436,7 @@ class StackGraphs:
         return 0 if self._captured is None else self._captured.nbytes
 
     def make_room(self) -> None:
-        """For what does not fit beside the graphs; the next step captures them again."""
+        """For what does not fit beside the graphs; steady steps capture them again."""
         if self._captured is not None and not self._is_waiting():
             self._release()
             self._captures -= 1  # it was none that something changed for

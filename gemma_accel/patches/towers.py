@@ -63,26 +63,42 @@ def settle_towers(base: nn.Module, trainer: Any, dataset: Any) -> str:
 
 
 _watched: weakref.WeakKeyDictionary[nn.Module, tuple[TowerShape, Any]] = weakref.WeakKeyDictionary()
-"""A tower's first layer, what it is, and the policy that hears what enters it."""
+"""A tower's first layer, what it is, and a weak reference to the policy that hears what enters it.
+"""
 
 
 def watch_towers(base: nn.Module, policy: Any) -> None:
-    """Let the memory ``policy`` know what passes through the towers."""
+    """Let the memory ``policy`` know what passes through the towers, from nothing on."""
+    if policy.media:
+        policy.set_media({})
     for name, shape in tower_shapes(base.config).items():
         tower: Any = getattr(base.model, name, None)
         if tower is None:
             continue
-        first = (tower if shape.is_audio else tower.encoder).layers[0]
         trained = any(parameter.requires_grad for parameter in tower.parameters())
-        _watched[first] = dataclasses.replace(shape, trained=trained), policy
+        shape = dataclasses.replace(shape, trained=trained)
+        _watched[_first_layer(tower)] = shape, weakref.ref(policy)
+
+
+def _first_layer(tower: Any) -> Any:
+    """None of an embedder."""
+    layers = getattr(getattr(tower, "encoder", tower), "layers", None)
+    return None if layers is None else layers[0]
+
+
+def _policy_of(tower: Any) -> Any:
+    """The memory policy that hears of ``tower``, if one does."""
+    first = _first_layer(tower)
+    found = None if first is None else _watched.get(first)
+    return None if found is None else found[1]()
 
 
 def note_media(layer: nn.Module, hidden: torch.Tensor) -> None:
     """A tower's ``layer`` is about to take ``hidden`` [B, T, D]."""
-    found = _watched.get(layer)
-    if found is None or not hidden.shape[0]:
+    shape, policy_of = _watched.get(layer, (None, None))
+    policy = None if policy_of is None else policy_of()
+    if shape is None or policy is None or not hidden.shape[0]:
         return
-    shape, policy = found
     if not (layer.training and torch.is_grad_enabled()):
         policy.evaluate_media(dataclasses.replace(shape, trained=False), hidden)
         return
@@ -169,11 +185,16 @@ def bring_towers_back(base: nn.Module, device: torch.device) -> None:
 
 def _bring_back(tower: Any, device: torch.device) -> None:
     stay = vars(tower).pop("_apply")
+    policy, nbytes = _policy_of(tower), sum(p.nbytes for p in tower.parameters())
+    if policy is not None and device.type == "cuda":
+        policy.take(nbytes)  # before it is there, for graphs may fill the memory
     try:
         tower.to(device)
     except BaseException:  # out of memory half way: back to where it was, parked as before
         tower.to("cpu")
         tower._apply = stay
+        if policy is not None and device.type == "cuda":
+            policy.take(-nbytes)
         raise
     del tower._call_impl
     tower._gemma_accel_parked = None

@@ -73,6 +73,7 @@ class Installation:
             self.places.append(Place(offered[record.patch], record.path, module, undo))
 
     def __enter__(self) -> Installation:
+        self._media = {} if self._policy is None else self._policy.media
         # copies that PEFT made of patched modules (`modules_to_save`): theirs whose class they have
         known = {id(place.module) for place in self.places}
         self._copies: list[tuple[nn.Module, type[Fused]]] = [
@@ -99,6 +100,8 @@ class Installation:
         for layer in text_model(self.base).layers:
             if (graphs := getattr(layer, "graphs", None)) is not None:
                 graphs.drop()  # captured for this comparison alone
+        if self._policy is not None:
+            self._policy.set_media(self._media)  # the comparison's own are no run's
         for module, fused in self._copies:
             _become(module, fused)
         for weight in self._frozen:
