@@ -100,7 +100,7 @@ class Installation:
         for layer in text_model(self.base).layers:
             if (graphs := getattr(layer, "graphs", None)) is not None:
                 graphs.drop()  # captured for this comparison alone
-        if self._policy is not None:
+        if self._policy is not None and self._policy.media is not self._media:
             self._policy.set_media(self._media)  # the comparison's own are no run's
         for module, fused in self._copies:
             _become(module, fused)

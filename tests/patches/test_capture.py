@@ -309,7 +309,14 @@ class TestAnEvaluation:
         memory = stack[0].memory
         memory.allow_graphs(graphs)
         memory.set_budget(64 << 20)
-        memory.evaluate_media(dataclasses.replace(TOWER, trained=False), torch.empty(1, vectors, 8))
+        frozen = dataclasses.replace(TOWER, trained=False)
+        pixels = torch.empty(1, vectors, 8)
+        memory.evaluate_media(frozen, pixels)  # a model that has gone to the CPU meanwhile
+        assert graphs._captured is not None
+        on_a_card = SimpleNamespace(
+            shape=pixels.shape, is_cuda=True, device="cuda", element_size=pixels.element_size
+        )
+        memory.evaluate_media(frozen, on_a_card)
         assert (graphs._captured is None) == (vectors > 8)
 
     def test_a_step_with_more_images_than_ever_sends_them_away_before_its_tower_runs(
