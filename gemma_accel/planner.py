@@ -777,12 +777,13 @@ def _notes(run: _Run, length: int) -> list[str]:
     return notes
 
 
-def _media_text(made: _Run | Plan) -> str:
+def _media_text(made: _Run) -> str:
     """A sequence's media, in words."""
     images = f"{made.images} image{'s' if made.images > 1 else ''}" if made.images else ""
     sound = f"{made.sound_seconds:g} s of sound" if made.sound_seconds else ""
     media = " and ".join(filter(None, (images, sound)))
-    return f"{media} in each sequence, adapters in their tower too" if media else ""
+    towers = "towers" if images and sound else "tower"
+    return f"{media} in each sequence, adapters in their {towers} too" if media else ""
 
 
 # --- the tables ---

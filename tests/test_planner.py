@@ -523,7 +523,8 @@ def test_more_media_take_more_and_leave_less():
 
 def test_the_table_says_which_media():
     assert "1 image in each sequence, adapters" in str(make(images=1))
-    assert "2 images and 1.5 s of sound in each" in str(make(images=2, sound_seconds=1.5))
+    both = str(make(images=2, sound_seconds=1.5))
+    assert "2 images and 1.5 s of sound in each sequence, adapters in their towers too" in both
     assert "a text-only run, with adamw_8bit" in str(make())
 
 
