@@ -169,8 +169,8 @@ def plan(
         ValueError: a size that is not positive or not finite, an unknown quantization, 4-bit
             weights to train, media that the model has no tower for or the sequence no room.
     """
-    _check(vram_gib, batch_size, sequence_length, quantization, lora_rank)
-    _check_media(images, sound_seconds)
+    _check(vram_gib, batch_size, sequence_length, quantization, lora_rank, images)
+    _check_seconds(sound_seconds)
     counts = count(config_of(model_or_config))
     run = _Run(counts, vram_gib, quantization, lora_rank, images, float(sound_seconds))
     _check_room(run, sequence_length)
@@ -215,11 +215,21 @@ def require_gib(name: str, value: Any) -> None:
 
 
 def _check(
-    vram_gib: float | None, batch_size: int, length: int, quantization: str | None, rank: int
+    vram_gib: float | None,
+    batch_size: int,
+    length: int,
+    quantization: str | None,
+    rank: int,
+    images: int,
 ) -> None:
     if vram_gib is not None:
         require_gib("plan: vram_gib", vram_gib)
-    sizes = (("batch_size", batch_size, 1), ("sequence_length", length, 1), ("lora_rank", rank, 0))
+    sizes = (
+        ("batch_size", batch_size, 1),
+        ("sequence_length", length, 1),
+        ("lora_rank", rank, 0),
+        ("images", images, 0),
+    )
     for name, value, least in sizes:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"plan: {name} must be a whole number from {least} up, got {value!r}")
@@ -235,9 +245,7 @@ def _check(
         )
 
 
-def _check_media(images: int, sound_seconds: float) -> None:
-    if not isinstance(images, Integral) or isinstance(images, bool) or images < 0:
-        raise ValueError(f"plan: images must be a whole number from 0 up, got {images!r}")
+def _check_seconds(sound_seconds: float) -> None:
     if (
         not isinstance(sound_seconds, Real)
         or isinstance(sound_seconds, bool)
@@ -569,7 +577,9 @@ def _stock_mask(run: _Run, batch_size: int, length: int) -> int:
 
 
 def _stock_tower(tower: TowerShape, vectors: int) -> tuple[int, int]:
-    """What a stock tower keeps for its backward, and what that needs beyond: bytes."""
+    """What a stock tower keeps for its backward, and what that needs beyond: bytes, after what a
+    CPU's allocator saw of one.
+    """
     if tower.is_audio:  # float32 copies in norms and clamps, and no checkpointing
         kept = tower.layers * (56 * tower.hidden + 10 * tower.mlp)
         return vectors * kept * ITEMSIZE, vectors * 4 * tower.mlp * ITEMSIZE

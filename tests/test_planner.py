@@ -19,6 +19,7 @@ from gemma_accel import counts, planner
 from gemma_accel.errors import UnsupportedModelError
 from gemma_accel.memory import (
     HEAD_TILE,
+    SOUND_FRONT,
     Arrangement,
     Mode,
     between_layers_bytes,
@@ -261,7 +262,8 @@ def test_layers_are_chosen_as_the_policy_chooses(vram_gib, images, graphs, monke
     vram_gib += images / 4
     run = dataclasses.replace(run_of("e2b", vram_gib), images=images)
     policy = MemoryPolicy(SimpleNamespace(config=run.counts.text))
-    policy.budget, policy.captures = int(vram_gib * GIB), graphs
+    policy.budget = int(vram_gib * GIB)
+    policy.graphs = SimpleNamespace(make_room=lambda: None) if graphs else None
     for tower, vectors in run.media(2):
         policy.expect_media(tower, vectors)
     tight = planner._all(run, Mode.OFFLOAD_IN_PARTS)
@@ -505,11 +507,10 @@ def test_graphs_leave_a_towers_backward_its_room():
 
 
 def test_an_audio_tower_that_is_trained_whole_keeps_its_convolutions_too():
-    # measured on the CPU, half as wide, 500 soft tokens: 45 to 49 MiB over adapters' 70.8
     run = dataclasses.replace(run_of(quantization=None, lora_rank=0), sound_seconds=20.0)
     more = planner._towers_kept(run, 1)
     more -= planner._towers_kept(dataclasses.replace(run, lora_rank=16), 1)
-    assert more == pytest.approx(47 * 2**20, rel=0.04)
+    assert more == 500 * SOUND_FRONT * 2  # which tests/patches/test_peaks.py holds to a real one
 
 
 def test_more_media_take_more_and_leave_less():

@@ -136,6 +136,13 @@ def test_the_host_memory_of_long_rows_is_the_files():
     assert f"131,072 tokens are all that the model was made for; they take {most:.1f} GiB" in text
 
 
+def test_which_towers_have_adapters_is_the_files():
+    for name in ("h200-images.json", "h200-sound.json"):
+        for row in results(name)["rows"]:
+            left_without = (row["work"], row["stack"]) == ("sound", "unsloth")
+            assert (row["tower_adapters"] == 0) == left_without
+
+
 def test_the_counts_are_the_tests():
     from tests.trust.test_bad_input import EXAMPLES
     from tests.trust.test_options import COMBINATIONS

@@ -64,8 +64,7 @@ class MemoryPolicy:
         self.vocabulary = text.config.vocab_size
         self.budget: int | None = None
         self.fixed = self.trained = self.withheld = 0
-        self.graphs: StackGraphs | None = None  # where the `cuda_graphs` patch is there
-        self.captures = False  # and whether it is to capture
+        self.graphs: StackGraphs | None = None  # where the `cuda_graphs` patch may capture
         self.tell: Callable[[str, str], None] | None = None  # hears what was chosen, by topic
         self.media: dict[TowerShape, int] = {}
         """the most that went through a tower at once in training, in patches or soft tokens"""
@@ -82,7 +81,6 @@ class MemoryPolicy:
             chosen={},
             _in_tiles={},
             graphs=None,
-            captures=False,
             tell=None,
             _inputs=OffloadedInputs(),
         )
@@ -112,16 +110,12 @@ class MemoryPolicy:
     def set_media(self, media: dict[TowerShape, int]) -> None:
         """From now on this is the most that goes through the towers."""
         self.media = media
-        self._choose_anew()
-        if self.graphs is not None:  # captured beside something else
-            self.graphs.make_room()
+        self._choose_anew(at_once=True)
 
     def take(self, nbytes: int) -> None:
         """So much more is about to be taken for good."""
         self.fixed += nbytes
-        self._choose_anew()
-        if self.graphs is not None:
-            self.graphs.make_room()
+        self._choose_anew(at_once=True)
 
     def evaluate_media(self, tower: TowerShape, hidden: Tensor) -> None:
         """``hidden`` [B, T, D] is about to go through a tower, and no backward follows."""
@@ -135,12 +129,12 @@ class MemoryPolicy:
 
     def allow_graphs(self, graphs: StackGraphs) -> None:
         """Layers may be captured from now on."""
-        self.graphs, self.captures = graphs, True
+        self.graphs = graphs
         self._choose_anew()
 
     def give_up_graphs(self) -> None:
         """No layers will be captured any more."""
-        self.captures = False
+        self.graphs = None
         self._choose_anew()
 
     def withhold(self, nbytes: int) -> None:
@@ -148,9 +142,12 @@ class MemoryPolicy:
         self.withheld += nbytes
         self._choose_anew()
 
-    def _choose_anew(self) -> None:
+    def _choose_anew(self, *, at_once: bool = False) -> None:
+        """From the next forward of the layers on; ``at_once``, graphs go before that."""
         self.chosen.clear()
         self._in_tiles.clear()
+        if at_once and self.graphs is not None:
+            self.graphs.make_room()
 
     def arrangement(self, hidden: Tensor) -> Arrangement:
         """What is chosen for hidden states [B, T, D] of this shape, when they enter the stack."""
@@ -158,7 +155,7 @@ class MemoryPolicy:
             return self.forced
         key = _key(hidden)
         if key not in self.chosen:
-            chosen = self._arranged(hidden, captures=self.captures and hidden.is_cuda)
+            chosen = self._arranged(hidden, captures=self.graphs is not None and hidden.is_cuda)
             if chosen.graphed and chosen.in_tiles:
                 # slower than whole layers one by one, unless the host is: eager steps will tell
                 self._in_tiles[key] = chosen

@@ -86,17 +86,15 @@ def _first_layer(tower: Any) -> Any:
     return None if layers is None else layers[0]
 
 
-def _policy_of(tower: Any) -> Any:
-    """The memory policy that hears of ``tower``, if one does."""
-    first = _first_layer(tower)
-    found = None if first is None else _watched.get(first)
-    return None if found is None else found[1]()
+def _heard(layer: Any) -> tuple[TowerShape | None, Any]:
+    """What ``layer`` is the first one of, and the policy that hears of it, if one does."""
+    shape, policy = (layer is not None and _watched.get(layer)) or (None, lambda: None)
+    return shape, policy()
 
 
 def note_media(layer: nn.Module, hidden: torch.Tensor) -> None:
     """A tower's ``layer`` is about to take ``hidden`` [B, T, D]."""
-    shape, policy_of = _watched.get(layer, (None, None))
-    policy = None if policy_of is None else policy_of()
+    shape, policy = _heard(layer)
     if shape is None or policy is None or not hidden.shape[0]:
         return
     if not (layer.training and torch.is_grad_enabled()):
@@ -185,15 +183,16 @@ def bring_towers_back(base: nn.Module, device: torch.device) -> None:
 
 def _bring_back(tower: Any, device: torch.device) -> None:
     stay = vars(tower).pop("_apply")
-    policy, nbytes = _policy_of(tower), sum(p.nbytes for p in tower.parameters())
-    if policy is not None and device.type == "cuda":
+    _, policy = _heard(_first_layer(tower)) if device.type == "cuda" else (None, None)
+    nbytes = sum(parameter.nbytes for parameter in tower.parameters())
+    if policy is not None:
         policy.take(nbytes)  # before it is there, for graphs may fill the memory
     try:
         tower.to(device)
     except BaseException:  # out of memory half way: back to where it was, parked as before
         tower.to("cpu")
         tower._apply = stay
-        if policy is not None and device.type == "cuda":
+        if policy is not None:
             policy.take(-nbytes)
         raise
     del tower._call_impl

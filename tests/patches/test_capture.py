@@ -336,7 +336,7 @@ class TestAnEvaluation:
         memory.allow_graphs(graphs)
         memory.expect_media(TOWER, 101)
         twin = copy.deepcopy(memory)
-        assert twin.graphs is None and not twin.captures and not twin.media
+        assert twin.graphs is None and not twin.media
 
 
 class TestAForwardThatGraphsDoNotServe:

@@ -94,6 +94,7 @@ def peak_of_a_step(modes, tokens):
     policy.run = watched
     ids = batch((tokens,))["input_ids"]
     blocks = _blocks_of(lambda: peft.model.model(input_ids=ids, use_cache=False).last_hidden_state)
+    assert len(blocks) > 1000
     hidden = tokens * model.config.hidden_size * 2
     there = 1 if Mode.OFFLOAD_IN_PARTS in modes[:1] else 2
     return _peak(blocks, away, hidden, there), layer_shapes(model.config)
@@ -124,7 +125,6 @@ def _peak(blocks, away, hidden, there):
     the embeddings, which the first one is a copy of. The stack's output and its gradient belong to
     the loss.
     """
-    assert len(blocks) > 500
     sizes, backward, peak = {}, False, 0
     for _, nbytes, address in blocks:
         if nbytes > 0:
@@ -215,6 +215,7 @@ def test_nor_does_a_tower(kind, replayed):
     policy = model.model.language_model.memory
     watch_towers(model, policy)
     blocks = _blocks_of(lambda: features(model, kind))
+    assert len(blocks) > 1000
     ((shape, vectors),) = policy.media.items()
     assert vectors == {"vision": 2 * 630, "audio": 500}[kind]
     if replayed:  # as the planner takes it to be
@@ -230,10 +231,29 @@ def test_nor_does_a_tower_without_a_backward(kind):
     model = trained_tower("vision" if kind == "audio" else "audio")
     policy = model.model.language_model.memory
     watch_towers(model, policy)
-    blocks = _blocks_of(lambda: features(model, kind).requires_grad_())
+    blocks = _before_the_turn(_blocks_of(lambda: features(model, kind).requires_grad_()))
     ((shape, vectors),) = policy.media.items()
     assert not shape.trained and tower_kept_bytes(shape, vectors) == 0
-    turn = next(i for i, (_, nbytes, _) in enumerate(blocks) if nbytes == MARK)
-    peak = _peak([(0, MARK, None), *blocks[:turn]], set(), 0, 0) - MARK
+    peak = _peak([(0, MARK, None), *blocks], set(), 0, 0) - MARK
     said = tower_transient_bytes(shape, vectors)
     assert 0.8 * said <= peak <= 1.1 * said, peak / said
+
+
+def _before_the_turn(blocks):
+    turn = next(i for i, (_, nbytes, _) in enumerate(blocks) if nbytes == MARK)
+    assert turn > 300
+    return blocks[:turn]
+
+
+@pytest.mark.usefixtures("launch_nothing")
+def test_an_audio_tower_that_is_trained_whole_keeps_what_its_convolutions_make():
+    model = trained_tower("audio").requires_grad_(True)
+    kept = {}
+    for _, nbytes, address in _before_the_turn(_blocks_of(lambda: features(model, "audio"))):
+        if nbytes > 0:
+            kept[address] = nbytes
+        else:
+            kept.pop(address, None)
+    said = tower_kept_bytes(tower_shapes(model.config)["audio_tower"], 500)
+    said += 500 * memory.SOUND_FRONT * 2
+    assert 0.8 * said <= sum(kept.values()) <= 1.05 * said, sum(kept.values()) / said
