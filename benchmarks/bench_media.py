@@ -14,9 +14,7 @@ import argparse
 import functools
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.harness import (
     Worker,
@@ -33,56 +31,15 @@ from benchmarks.harness import (
     table,
     where,
 )
-from benchmarks.works import ADAPTED, CONFIGS, nf4
+from benchmarks.works import ADAPTED, PATCHES, POOLED, Media, nf4
+from benchmarks.works import MEDIA_WORKS as WORKS
 
 MODULE = "benchmarks.bench_media"
 RANK = 16
-PATCHES, POOLED = 2520, 9  # patches an image is padded to, and patches of a soft token
 CLIPPED = (
     r".*TOWER\.(encoder\.)?layers\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|"
     r"post|ffw_layer_\d|linear_(start|end))\.linear"
 )
-
-
-@dataclass(frozen=True)
-class Media:
-    text: int
-    grids: tuple[tuple[int, int], ...] = ()  # patches across and down
-    frames: int = 0  # of ten milliseconds
-    tower: str = "vision_tower"
-
-    @property
-    def soft_tokens(self) -> int:
-        return sum(w * h // POOLED for w, h in self.grids) + -(-self.frames // 4)
-
-    @property
-    def tokens(self) -> int:
-        """Of the row, the two markers around each medium included."""
-        return self.text + self.soft_tokens + 2 * (len(self.grids) + bool(self.frames))
-
-
-WORKS = {
-    "images": Media(512, grids=((60, 42), (42, 60))),
-    "photos": Media(512, grids=((57, 42), (42, 57))),
-    "sound": Media(256, frames=2999, tower="audio_tower"),
-}
-
-
-@functools.cache
-def plan_of(work: str, limit: float | None) -> Any:
-    """The plan of a work."""
-    from gemma_accel.planner import plan
-
-    shape = WORKS[work]
-    return plan(
-        CONFIGS / "e2b.json",
-        vram_gib=limit,
-        batch_size=1,
-        sequence_length=shape.tokens,
-        lora_rank=RANK,
-        images=len(shape.grids),
-        sound_seconds=shape.frames / 100,  # of 10 ms
-    )
 
 
 def collate(rows: list[dict], config, work: Media) -> dict:

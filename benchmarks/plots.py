@@ -24,9 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_media
 from benchmarks.losses import compare
-from benchmarks.works import WORKS, plan_of
+from benchmarks.works import MEDIA_WORKS, WORKS, plan_of
 
 HERE = Path(__file__).parent
 CARD_GIB, USABLE_GIB = 8.0, 7.0
@@ -154,7 +153,7 @@ class Work:
 
     def _shape(self) -> str:
         if self.name in MEDIA:
-            text = bench_media.WORKS[self.name].text
+            text = MEDIA_WORKS[self.name].text
             return f"W6  E2B, NF4, {MEDIA[self.name]} and {text} tokens, adapters in the tower too"
         work = WORKS[self.name]
         weights = "NF4" if work.quantised else "bf16"
@@ -209,8 +208,7 @@ def parts(work: str, entry: Entry) -> dict[str, float] | None:
     """GiB by part, as predicted; None for what the planner knows nothing about."""
     if entry.stack not in ("trl", "gemma_accel") or entry.peak_gib is None:
         return None
-    planned = bench_media.plan_of if work in MEDIA else plan_of
-    made = planned(work, _limit(entry) if entry.limited else None)
+    made = plan_of(work, _limit(entry) if entry.limited else None)
     if entry.stack == "gemma_accel":
         sizes = made.components
         return {

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import bench_media
 from benchmarks.works import WORKS, plan_of
 from gemma_accel.telemetry import peak_tflops
 
@@ -92,9 +91,8 @@ def _planned(row: Row) -> tuple[float | None, float | None]:
     """The GiB that `plan` says of the card and of the host, where it knows the stack and how much
     there is.
     """
-    planned = bench_media.plan_of if row["work"] in MEDIA else plan_of
     limit = row.get("vram_gib") or row["cap_gib"]
-    made = planned(row["work"], limit)
+    made = plan_of(row["work"], limit)
     if row["stack"] == "trl":
         return made.choices["alternatives"]["stock TRL, training"], None
     if row["stack"] != "gemma_accel" or limit is None:

@@ -50,6 +50,34 @@ WORKS = {
     )
 }
 
+PATCHES, POOLED = 2520, 9  # patches an image is padded to, and patches of a soft token
+
+
+@dataclass(frozen=True)
+class Media:
+    """A row of text with images or a sound in it, E2B in NF4, rank 16."""
+
+    text: int
+    grids: tuple[tuple[int, int], ...] = ()  # patches across and down
+    frames: int = 0  # of ten milliseconds
+    tower: str = "vision_tower"
+
+    @property
+    def soft_tokens(self) -> int:
+        return sum(w * h // POOLED for w, h in self.grids) + -(-self.frames // 4)
+
+    @property
+    def tokens(self) -> int:
+        """Of the row, the two markers around each medium included."""
+        return self.text + self.soft_tokens + 2 * (len(self.grids) + bool(self.frames))
+
+
+MEDIA_WORKS = {
+    "images": Media(512, grids=((60, 42), (42, 60))),
+    "photos": Media(512, grids=((57, 42), (42, 57))),
+    "sound": Media(256, frames=2999, tower="audio_tower"),
+}
+
 ADAPTED = (
     r".*language_model\.layers\.\d+\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
@@ -57,9 +85,19 @@ ADAPTED = (
 
 @functools.cache
 def plan_of(work: str, limit: float | None, length: int | None = None) -> Any:
-    """The plan of a text work, or of its model with one row of another length."""
+    """The plan of a work, or of a text work's model with one row of another length."""
     from gemma_accel.planner import plan
 
+    if work in MEDIA_WORKS:
+        media = MEDIA_WORKS[work]
+        return plan(
+            CONFIGS / "e2b.json",
+            vram_gib=limit,
+            batch_size=1,
+            sequence_length=media.tokens,
+            images=len(media.grids),
+            sound_seconds=media.frames / 100,
+        )
     shape = WORKS[work]
     return plan(
         CONFIGS / f"{shape.model}.json",

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig
 
-from benchmarks import bench_media, works
+from benchmarks import works
 from benchmarks.works import ADAPTED
 from gemma_accel import counts, planner
 from gemma_accel.errors import UnsupportedModelError
@@ -62,11 +62,11 @@ def measured(stack):
 
 def plan_of(row):
     limit = row.get("vram_gib") or row.get("cap_gib")
-    if row["work"] in bench_media.WORKS:
-        media = bench_media.WORKS[row["work"]]
+    if row["work"] in works.MEDIA_WORKS:
+        media = works.MEDIA_WORKS[row["work"]]
         assert (row["text_tokens"], row["soft_tokens"]) == (media.text, media.soft_tokens)
         # without a cap the card's own 139 GiB are the limit
-        return bench_media.plan_of(row["work"], limit or 100.0)
+        return works.plan_of(row["work"], limit or 100.0)
     work = works.WORKS[row["work"]]
     ran = row["model"], row["batch_size"], row["sequence_length"]
     assert ran == (work.model, work.batch_size, work.sequence_length)

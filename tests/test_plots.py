@@ -11,10 +11,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from benchmarks import (
-    bench_media,  # noqa: E402
-    plots,  # noqa: E402
-)
+from benchmarks import plots  # noqa: E402
 from benchmarks.learning_curve import CONTROL  # noqa: E402
 from benchmarks.works import WORKS, plan_of  # noqa: E402
 
@@ -148,10 +145,10 @@ class TestParts:
 
     def test_media_are_planned_too(self, results):
         for name in ("images", "sound"):
-            made = bench_media.plan_of(name, 7.0)
+            made = plan_of(name, 7.0)
             drawn = {name for _, names in plots.PARTS.values() for name in names}
             assert {n for n in made.components if not n.endswith("(host)")} <= drawn
-        made = bench_media.plan_of("images", 7.0)
+        made = plan_of("images", 7.0)
         stock = plots.parts("images", entries(results, "images")["TRL"])
         assert sum(stock.values()) == pytest.approx(
             made.choices["alternatives"]["stock TRL, training"]
