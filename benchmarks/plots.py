@@ -71,6 +71,11 @@ class Results:
     def card(self) -> str:
         return self.content.get("card", "none")
 
+    @property
+    def apart(self) -> bool:
+        """Whether its stacks did not take their steps in turn."""
+        return "--apart" in self.content.get("command", "")
+
     def of(self, work: str) -> list[dict[str, Any]]:
         """A work's rows of stacks that are drawn; weights loaded in float32 are not."""
         rows = [row for row in self.rows if row.get("work") == work and not row.get("float32")]
@@ -428,6 +433,8 @@ def speed(shown: list[Work]) -> Any:
         "their steps in turn on one card; × is against TRL in the same run. W6 counts text and "
         "soft tokens."
     )
+    if apart := [w.name for w in shown if any(e.source.apart for e in w.entries)]:
+        caption += f" Stacks of {', '.join(apart)} ran one after the other."
     shown = [
         work.showing(kept)
         for work in shown

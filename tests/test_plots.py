@@ -69,7 +69,7 @@ def results(tmp_path_factory):
     write(directory, "test-unsloth.json", [row("W1", "unsloth", 4.43, 0.97)])
     write(directory, "test-older.json", [row("W1", "trl", 9.99, 2.0)], date="2026-11-01")
     rows = [row("W3", "trl", 11.0, 2.0), row("W3", "liger", 43.76, 2.0)]
-    write(directory, "other-card.json", rows, card="another")
+    write(directory, "other-card.json", rows, card="another", command="train_step --apart")
     media = {"text_tokens": 512, "soft_tokens": 560}
     rows = [row("images", label, peak, 0.5, **media) for label, peak in (("trl", 9.9), MEDIA)]
     write(directory, "test-media.json", [*rows, row("images", "gemma_accel", 30.0, 0.2, **media)])
@@ -184,6 +184,10 @@ class TestDrawn:
         shown = [text.strip() for text in texts(drawn[0]["speed"])]
         assert "4,096" in shown and "16,384   ×4.00" in shown
         assert "4,223" in shown  # Unsloth's, of another run: no ratio
+
+    def test_speed_says_what_did_not_run_in_turn(self, drawn):
+        shown = " ".join(texts(drawn[0]["speed"])).replace("\n", " ")
+        assert "Stacks of W3 ran one after the other." in shown
 
     @pytest.mark.parametrize("name", ["memory", "speed", "length", "losses", "learning-curve"])
     def test_card_versions_and_commit_are_in_the_caption(self, drawn, name):
