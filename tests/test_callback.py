@@ -443,6 +443,7 @@ def test_an_override_that_asks_the_model_and_one_that_asks_super():
 
 TWO_PROCESSES = """
 from tests import trl_on_cpu
+from tests.leave import leave
 from tests.test_callback import *
 trl_on_cpu.install()
 for cls, function in (
@@ -454,6 +455,7 @@ for cls, function in (
     value = error(train(attached(trainer), grab), true_gradient("conditional", False))
     assert value < 1e-4, (cls, function, value)
     print("exact", flush=True)
+leave()
 """
 
 

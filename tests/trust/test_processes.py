@@ -40,6 +40,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from tests.leave import leave
 from tests.test_callback import collate, tokenizer
 from tests.tiny import LANGUAGE
 
@@ -120,6 +121,7 @@ for name in os.environ["RUNS"].split(","):
     trainer, results[name] = run(name, cls, "lora" in name)
     processes = trainer.accelerator.num_processes
 torch.save({"processes": processes, **results}, f"{out}.{os.environ.get('RANK', 0)}")
+leave()
 """
 
 EVERY_RUN = ["sft lora", "sft full", "trainer lora"]
@@ -247,6 +249,7 @@ from transformers import Trainer, TrainingArguments
 import gemma_accel
 from gemma_accel.errors import UnsupportedTrainingError
 from gemma_accel.models import text_model
+from tests.leave import leave
 from tests.tiny import batch, tiny_model
 
 common = dict(output_dir="out", use_cpu=True, bf16=False, report_to="none")
@@ -276,6 +279,7 @@ try:
 except UnsupportedTrainingError as error:
     assert "FSDP" in str(error) and "accelerate launch --multi_gpu" in str(error)
     print("refused", flush=True)
+leave()
 """
 
 
