@@ -92,7 +92,7 @@ def _planned(row: Row) -> tuple[float | None, float | None]:
     there is.
     """
     limit = row.get("vram_gib") or row["cap_gib"]
-    made = plan_of(row["work"], limit)
+    made = plan_of(row["work"], limit, float32=row.get("float32", False))
     if row["stack"] == "trl":
         return made.choices["alternatives"]["stock TRL, training"], None
     if row["stack"] != "gemma_accel" or limit is None:
@@ -142,6 +142,8 @@ def _work(row: Row) -> str:
     if row["work"] in MEDIA:
         return MEDIA[row["work"]]
     weights = "" if WORKS[row["work"]].quantised else " in bf16"
+    if row.get("float32"):
+        weights = " loaded in float32"
     return f"{row['model'].upper()}{weights}, {row['batch_size']} x {row['sequence_length']:,}"
 
 

@@ -84,8 +84,12 @@ ADAPTED = (
 
 
 @functools.cache
-def plan_of(work: str, limit: float | None, length: int | None = None) -> Any:
-    """The plan of a work, or of a text work's model with one row of another length."""
+def plan_of(
+    work: str, limit: float | None, length: int | None = None, *, float32: bool = False
+) -> Any:
+    """The plan of a work, or of a text work's model with one row of another length, or loaded in
+    float32.
+    """
     from gemma_accel.planner import plan
 
     if work in MEDIA_WORKS:
@@ -106,6 +110,7 @@ def plan_of(work: str, limit: float | None, length: int | None = None) -> Any:
         sequence_length=length or shape.sequence_length,
         quantization="nf4" if shape.quantised else None,
         lora_rank=shape.lora_rank,
+        dtype="float32" if float32 else "bfloat16",
     )
 
 

@@ -89,6 +89,9 @@ def plan(
     batch_size: Annotated[int, typer.Option(min=1)] = 2,
     sequence_length: Annotated[int, typer.Option(min=1)] = 2048,
     quantization: Annotated[str, typer.Option(help="nf4 or none")] = "nf4",
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16 or float32, of what is not quantised")
+    ] = "bfloat16",
     lora_rank: Annotated[int, typer.Option(min=0, help="0: train every weight")] = 16,
     images: Annotated[int, typer.Option(min=0, help="in each sequence, of 280 tokens")] = 0,
     sound_seconds: Annotated[
@@ -110,6 +113,7 @@ def plan(
             batch_size=batch_size,
             sequence_length=sequence_length,
             quantization=None if quantization == "none" else quantization,
+            dtype=dtype,
             lora_rank=lora_rank,
             images=images,
             sound_seconds=sound_seconds,

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 __all__ = [
     "AWAY",
     "HEAD_TILE",
     "SOUND_FRONT",
     "Arrangement",
+    "Itemsize",
     "LayerShape",
     "Mode",
     "TowerShape",
@@ -39,6 +40,19 @@ __all__ = [
     "tower_transient_bytes",
     "transient_bytes",
 ]
+
+
+class Itemsize(NamedTuple):
+    """Bytes an element. A model in float32 that trains under autocast has two kinds of them."""
+
+    stream: int
+    """of the residual stream, of what is added to it, of its gradient"""
+    inner: int
+    """of what projections, attention and the MLP make"""
+
+
+HALF = Itemsize(2, 2)
+"""bfloat16 or float16 throughout"""
 
 
 class Mode(Enum):
@@ -126,11 +140,11 @@ def loss_bytes(tokens: int, hidden: int, vocabulary: int, tile: int = HEAD_TILE)
     return min(tokens, tile) * min(vocabulary, 32768) * 2 + tokens * hidden * 12
 
 
-def graph_bytes(tokens: int, hidden: int, trained: int, itemsize: int = 2) -> int:
+def graph_bytes(tokens: int, hidden: int, trained: int, itemsize: Itemsize = HALF) -> int:
     """What CUDA graphs of the stack hold besides its activations: its input, its output, their
     gradients, those of the ``trained`` bytes of parameters, and cuBLAS's workspaces.
     """
-    return 4 * tokens * hidden * itemsize + trained + WORKSPACES
+    return 4 * tokens * hidden * itemsize.stream + trained + WORKSPACES
 
 
 @dataclass(frozen=True)
@@ -185,65 +199,73 @@ def _head_size_and_keys(text: Any, index: int, sliding: bool) -> tuple[int, int]
     return size, text.num_global_key_value_heads if by_kind else text.num_key_value_heads
 
 
-def kept_bytes(layer: LayerShape, mode: Mode, itemsize: int = 2) -> int:
+def kept_bytes(layer: LayerShape, mode: Mode, itemsize: Itemsize = HALF) -> int:
     """Bytes a token of ``layer`` keeps from its forward to its backward."""
     if mode in AWAY:
         return 0
     if mode in (Mode.RECOMPUTE, Mode.RECOMPUTE_TILED, Mode.RECOMPUTE_IN_PARTS):
-        return layer.hidden * itemsize
-    # layer input, its norm, o_proj's output, the sum, its norm, the MLP's output
-    elements = 6 * layer.hidden
-    # raw and rotated queries, attention's output; raw and normed keys and values
-    elements += 3 * layer.queries + 4 * layer.keys
+        return layer.hidden * itemsize.stream
+    # layer input, o_proj's output, the sum, the MLP's output
+    stream = 4 * layer.hidden
+    # norms of input and sum; raw and rotated queries, attention's output; raw and normed keys and
+    # values
+    inner = 2 * layer.hidden + 3 * layer.queries + 4 * layer.keys
     if layer.per_layer:
         # the second sum, the projection's output; gate, projected context, table rows, gated
         # product
-        elements += 2 * layer.hidden + 4 * layer.per_layer
+        stream += 2 * layer.hidden
+        inner += 4 * layer.per_layer
     if mode is Mode.KEEP:
-        elements += 2 * layer.mlp
-    return elements * itemsize + 4 * layer.heads  # and attention's log-sum-exp
+        inner += 2 * layer.mlp
+    # and attention's log-sum-exp
+    return stream * itemsize.stream + inner * itemsize.inner + 4 * layer.heads
 
 
-def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: int = 2) -> int:
+def transient_bytes(layer: LayerShape, mode: Mode, tokens: int, itemsize: Itemsize = HALF) -> int:
     """Bytes that ``layer``'s backward needs beyond what is kept, at its highest point."""
     keeps, tile = mlp_schedule(mode, tokens)
     # product and its gradient; gate and up too where they are made again a tile at a time
-    mlp = min(tokens, tile or tokens) * layer.mlp * (2 if keeps else 4)
-    weight = max(layer.mlp, layer.queries) * layer.hidden  # one dequantised weight
+    mlp = min(tokens, tile or tokens) * layer.mlp * (2 if keeps else 4) * itemsize.inner
+    # one dequantised weight
+    weight = max(layer.mlp, layer.queries) * layer.hidden * itemsize.inner
+    inputs = tokens * layer.hidden * itemsize.stream
     if mode in _IN_PARTS:
-        own = tokens * layer.hidden if mode in AWAY else 0  # its input, which has come back
-        return (own + _in_parts(layer, tokens, mlp) + weight) * itemsize
+        own = inputs if mode in AWAY else 0  # its input, which has come back
+        return own + _in_parts(layer, tokens, mlp, itemsize) + weight
     # gradients of queries, attention's output, keys and values; by then what the second half and
     # the joint before it kept has gone
-    attention = tokens * (2 * layer.queries + 2 * layer.keys - 4 * layer.hidden)
+    attention = tokens * (2 * layer.queries + 2 * layer.keys - layer.hidden) * itemsize.inner
+    attention -= 3 * inputs
     if layer.per_layer:
-        attention -= tokens * (2 * layer.hidden + 4 * layer.per_layer)
-    flow = tokens * 3 * layer.hidden  # gradients of the residual stream and of a branch
+        attention -= 2 * inputs + tokens * 4 * layer.per_layer * itemsize.inner
+    flow = 3 * inputs  # gradients of the residual stream and of a branch
     replayed = 0
     if mode not in (Mode.KEEP, Mode.RECOMPUTE_MLP):
         as_if = Mode.KEEP if keeps else Mode.RECOMPUTE_MLP
-        replayed = tokens * (kept_bytes(layer, as_if, itemsize) - layer.hidden * itemsize)
+        replayed = tokens * kept_bytes(layer, as_if, itemsize) - inputs
     if mode in AWAY:
-        replayed += 2 * tokens * layer.hidden * itemsize  # its input, and the next one on its way
-    return (max(mlp, attention) + flow + weight) * itemsize + replayed
+        replayed += 2 * inputs  # its input, and the next one on its way
+    return max(mlp, attention) + flow + weight + replayed
 
 
-def _in_parts(layer: LayerShape, tokens: int, mlp: int) -> int:
-    """Elements that a layer in parts holds besides its input, at the highest of three points of its
+def _in_parts(layer: LayerShape, tokens: int, mlp: int, itemsize: Itemsize) -> int:
+    """Bytes that a layer in parts holds besides its input, at the highest of three points of its
     backward.
     """
-    always = layer.hidden  # the stream's gradient
+    always = layer.hidden * itemsize.stream  # the stream's gradient
     # the normed input, its gradient, that of attention's output; a group's raw and rotated queries,
     # output and two gradients; keys and values raw, normed, their gradients from this group
     groups = head_groups(Mode.OFFLOAD_IN_PARTS, layer.heads)  # of either mode in parts
     keys = 6 * layer.keys if layer.keys else 2 * layer.reads
     attention = 3 * layer.hidden + 5 * layer.queries // groups + keys
+    attention *= itemsize.inner
     # the sum between the halves, its norm, gradients of the second sum and of the MLP's output
-    feed = tokens * 4 * layer.hidden + mlp
+    feed = tokens * 4 * layer.hidden * itemsize.stream + mlp
     if layer.per_layer:
         # before that: the MLP's output, the second sum, the projection's output and its gradient,
         # and what makes the per-layer input
-        feed = max(feed, tokens * (6 * layer.hidden + 4 * layer.per_layer))
+        inner = 4 * layer.per_layer * itemsize.inner
+        feed = max(feed, tokens * (6 * layer.hidden * itemsize.stream + inner))
     return tokens * always + max(tokens * attention, feed)
 
 
@@ -252,7 +274,7 @@ def between_layers_bytes(
     modes: Sequence[Mode],
     batch: int,
     length: int,
-    itemsize: int = 2,
+    itemsize: Itemsize = HALF,
     *,
     input_gradient: bool,
 ) -> int:
@@ -263,15 +285,15 @@ def between_layers_bytes(
     with their gradients.
     """
     tokens = batch * length
-    total = sum(
-        2 * length * size * itemsize for size in {layer.queries // layer.heads for layer in layers}
-    )
+    sizes = {layer.queries // layer.heads for layer in layers}
+    total = sum(2 * length * size * itemsize.stream for size in sizes)
     if layers[0].per_layer:
         # layer 0 may keep the embeddings anyway: they are its input
-        total += (input_gradient + (modes[0] in AWAY)) * tokens * layers[0].hidden * itemsize
+        copies = input_gradient + (modes[0] in AWAY)
+        total += copies * tokens * layers[0].hidden * itemsize.stream
     for index in _sharing(layers):
         kept = modes[index] in (Mode.KEEP, Mode.RECOMPUTE_MLP)
-        total += (1 if kept else 2) * tokens * 2 * layers[index].keys * itemsize
+        total += (1 if kept else 2) * tokens * 2 * layers[index].keys * itemsize.inner
     return total
 
 
@@ -283,7 +305,11 @@ def _sharing(layers: Sequence[LayerShape]) -> list[int]:
 
 
 def peak_bytes(
-    layers: Sequence[LayerShape], modes: Sequence[Mode], tokens: int, loss: int, itemsize: int = 2
+    layers: Sequence[LayerShape],
+    modes: Sequence[Mode],
+    tokens: int,
+    loss: int,
+    itemsize: Itemsize = HALF,
 ) -> int:
     """The most that activations take at any moment of a step: at the loss, or in some layer's
     backward.
@@ -297,7 +323,11 @@ def peak_bytes(
 
 
 def choose_modes(
-    layers: Sequence[LayerShape], tokens: int, available: int, loss: int, itemsize: int = 2
+    layers: Sequence[LayerShape],
+    tokens: int,
+    available: int,
+    loss: int,
+    itemsize: Itemsize = HALF,
 ) -> list[Mode]:
     """The cheapest modes that fit ``available`` bytes; all in parts where nothing does.
 
@@ -341,7 +371,7 @@ def arrange(
     available: int,
     vocabulary: int,
     trained: int | None,
-    itemsize: int = 2,
+    itemsize: Itemsize = HALF,
     *,
     towers: int = 0,
 ) -> Arrangement:
@@ -371,7 +401,7 @@ def evaluation_bytes(
     train_tokens: int,
     shape: tuple[int, int],
     vocabulary: int,
-    itemsize: int = 2,
+    itemsize: Itemsize = HALF,
 ) -> int:
     """The most that activations take in a forward without gradients, of a batch of ``shape`` (rows,
     length): one layer's at a time, or the LM head's, beside the keys and values that are shared.
@@ -379,16 +409,17 @@ def evaluation_bytes(
     ``chosen`` is how batches of ``train_tokens`` are trained: a module stays as that left it.
     """
     tokens, hidden = shape[0] * shape[1], layers[0].hidden
+    stream = tokens * hidden * itemsize.stream
     widest = 0
     for layer, mode in zip(layers, chosen.modes, strict=True):
         _, tile = mlp_schedule(mode, train_tokens)
         mlp = 3 * min(tokens, tile or tokens) * layer.mlp
         widest = max(widest, mlp, tokens * (3 * layer.queries + 4 * layer.keys))
-    layer_work = widest + 5 * tokens * hidden  # the embeddings too, which every layer reads
-    head = min(tokens, chosen.head_tile) * min(vocabulary, 32768) + tokens * hidden
+    layer_work = widest * itemsize.inner + 5 * stream  # embeddings too, which every layer reads
+    head = min(tokens, chosen.head_tile) * min(vocabulary, 32768) * itemsize.inner + stream
     keeping = [Mode.KEEP] * len(layers)  # no gradients of shared keys and values
     between = between_layers_bytes(layers, keeping, *shape, itemsize, input_gradient=False)
-    return max(layer_work, head) * itemsize + between
+    return max(layer_work, head) + between
 
 
 SOUND_FRONT = 3 * 2 * 64 * 128
@@ -428,43 +459,49 @@ def tower_shapes(config: Any) -> dict[str, TowerShape]:
     return found
 
 
-def tower_kept_bytes(tower: TowerShape, vectors: int, itemsize: int = 2) -> int:
+def tower_kept_bytes(tower: TowerShape, vectors: int, itemsize: Itemsize = HALF) -> int:
     """Bytes that a tower keeps of ``vectors`` (patches of images, or soft tokens of sound) from its
     forward to its backward, which is the language model's time.
     """
     if not tower.trained:
         return 0
+    hidden = tower.hidden * itemsize.stream
     if tower.is_audio:
-        # a feed-forward's input, its norm, both sides of the activation, its output, twice;
-        # attention's input, its norm, queries, keys, values, output, its projection; the
-        # convolution's input, its norm, both halves of the gate, its output, its projection; the
-        # last norm's input
-        elements = tower.layers * (20 * tower.hidden + 4 * tower.mlp)
-    elif tower.replayed:
-        elements = tower.layers * tower.hidden
+        # inputs and outputs of two feed-forwards, of attention and of the convolution; the last
+        # norm's input
+        layer = 9 * hidden
+        # norms of these four; queries, keys, values, attention's output; both halves of the gate,
+        # the convolution's output; both sides of the activation, twice
+        layer += (11 * tower.hidden + 4 * tower.mlp) * itemsize.inner
     else:
-        elements = tower.layers * _vision_layer(tower)
+        layer = hidden if tower.replayed else _vision_layer(tower, itemsize)
     # the pooler's weights and the rotation come to about one more input
-    return vectors * (elements + tower.hidden) * itemsize
+    return vectors * (tower.layers * layer + hidden)
 
 
-def tower_transient_bytes(tower: TowerShape, vectors: int, itemsize: int = 2) -> int:
+def tower_transient_bytes(tower: TowerShape, vectors: int, itemsize: Itemsize = HALF) -> int:
     """Bytes that a tower needs beyond what is kept, at its highest point: of the backward, or of a
     forward that none follows.
     """
+    stream, inner = itemsize
     if not tower.trained:
-        # what is in front; or a layer's gate, up, their product, norms and sums
-        elements = SOUND_FRONT if tower.is_audio else 7 * tower.hidden + 3 * tower.mlp
-        return vectors * elements * itemsize
-    # gradients: of one side of the activation, or of gate, up and the residual stream
-    elements = tower.mlp if tower.is_audio else 2 * tower.mlp + tower.hidden
+        if tower.is_audio:  # what is in front; autocast has norms in float32
+            return vectors * SOUND_FRONT // 3 * (2 * stream + inner)
+        # a layer's norms and sums; gate, up, their product
+        return vectors * (7 * tower.hidden * stream + 3 * tower.mlp * inner)
+    if tower.is_audio:  # gradients of one side of the activation
+        return vectors * tower.mlp * inner
+    # gradients of gate, up and the residual stream
+    needed = 2 * tower.mlp * inner + tower.hidden * stream
     if tower.replayed:
-        elements += _vision_layer(tower) - tower.hidden
-    return vectors * elements * itemsize
+        needed += _vision_layer(tower, itemsize) - tower.hidden * stream
+    return vectors * needed
 
 
-def _vision_layer(tower: TowerShape) -> int:
-    """Elements a patch: a layer's input, norms and sums, queries, keys and values before and after
-    their norms, attention's and the MLP's output; gate, up and their product.
+def _vision_layer(tower: TowerShape, itemsize: Itemsize) -> int:
+    """Bytes a patch: a layer's input, their sum and the outputs of attention and MLP; two norms,
+    queries, keys and values before and after theirs, attention's values; gate, up and their
+    product.
     """
-    return 13 * tower.hidden + 3 * tower.mlp
+    inner = 9 * tower.hidden + 3 * tower.mlp
+    return 4 * tower.hidden * itemsize.stream + inner * itemsize.inner

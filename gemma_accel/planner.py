@@ -27,6 +27,7 @@ from gemma_accel.memory import (
     HEAD_TILE,
     SOUND_FRONT,
     Arrangement,
+    Itemsize,
     LayerShape,
     Mode,
     TowerShape,
@@ -44,7 +45,8 @@ from gemma_accel.memory import (
 __all__ = ["Plan", "plan", "plan_for_model", "require_gib"]
 
 GIB = 2**30
-ITEMSIZE = 2  # bfloat16: what is not quantised is loaded in it, and activations are computed in it
+ITEMSIZES = {"bfloat16": 2, "float32": 4}
+HALF = 2  # bytes an element of a released checkpoint, and of what autocast computes
 # bytes a parameter in NF4: codes, an int8 scale a block of 64, a float32 for 256 of these
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 # bytes a parameter for 8-bit Adam: two moments, each with a float32 scale a block of 256
@@ -61,6 +63,7 @@ SOUND_TOKENS = 25  # of a second of sound
 PROCESS = 1.35  # GiB of host memory that Python, torch and CUDA's libraries hold (measured)
 
 _HOST = " (host)"
+_BFLOAT16 = "SFTConfig(model_init_kwargs={'dtype': 'bfloat16'})"
 
 
 # --- what a user sees ---
@@ -83,6 +86,7 @@ class Plan:
         remedies: where it does not fit, what would.
         notes: what the figures take for granted.
         images, sound_seconds: the media of each sequence.
+        dtype: of the weights that are not quantised.
     """
 
     model: str
@@ -101,6 +105,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     images: int = 0
     sound_seconds: float = 0.0
+    dtype: str = "bfloat16"
 
     @property
     def peak_gib(self) -> float:
@@ -145,10 +150,11 @@ def plan(
     lora_rank: int = 16,
     images: int = 0,
     sound_seconds: float = 0.0,
+    dtype: str = "bfloat16",
 ) -> Plan:
     """Predict where everything will be, and the peaks of loading, training and evaluation.
 
-    Neither a GPU nor weights are needed. The run is in bfloat16, with ``adamw_8bit``.
+    Neither a GPU nor weights are needed. The run computes in bfloat16, with ``adamw_8bit``.
 
     Args:
         model_or_config: a Gemma 4 config, a model, a directory with a ``config.json``, a JSON
@@ -163,16 +169,19 @@ def plan(
         images: images in each sequence, 280 soft tokens apiece. There are adapters in the vision
             tower too, then.
         sound_seconds: seconds of sound in each sequence, 25 soft tokens apiece; likewise.
+        dtype: of the weights that are not quantised: "bfloat16", or "float32", in which TRL loads
+            a model given by name; autocast (``bf16=True``) computes in bfloat16 then.
 
     Raises:
         UnsupportedModelError: not a Gemma 4 config or model.
-        ValueError: a size that is not positive or not finite, an unknown quantization, 4-bit
-            weights to train, media that the model has no tower for or the sequence no room.
+        ValueError: a size that is not positive or not finite, an unknown quantization or dtype,
+            4-bit weights to train, media that the model has no tower for or the sequence no room.
     """
-    _check(vram_gib, batch_size, sequence_length, quantization, lora_rank, images)
+    _check_sizes(vram_gib, batch_size, sequence_length, lora_rank, images)
     _check_seconds(sound_seconds)
+    _check_weights(quantization, lora_rank, dtype)
     counts = count(config_of(model_or_config))
-    run = _Run(counts, vram_gib, quantization, lora_rank, images, float(sound_seconds))
+    run = _Run(counts, vram_gib, quantization, lora_rank, images, float(sound_seconds), dtype)
     _check_room(run, sequence_length)
     return _plan(run, batch_size, sequence_length)
 
@@ -184,10 +193,12 @@ def plan_for_model(
     sequence_length: int,
     **media: Any,
 ) -> Plan:
-    """The plan of a model that is there: its own quantisation, and its adapters where it has any.
+    """The plan of a model that is there: its own quantisation and dtype, and its adapters where it
+    has any.
 
     A model without adapters is taken as one that gets some of rank 16, PEFT coming after `apply`.
     """
+    wide = base_model.get_input_embeddings().weight.dtype.itemsize == ITEMSIZES["float32"]
     ranks = [p.shape[0] for name, p in base_model.named_parameters() if ".lora_A." in name]
     return plan(
         base_model,
@@ -196,6 +207,7 @@ def plan_for_model(
         sequence_length=sequence_length,
         quantization="nf4" if getattr(base_model, "is_loaded_in_4bit", False) else None,
         lora_rank=max(ranks, default=16),
+        dtype="float32" if wide else "bfloat16",
         **media,
     )
 
@@ -214,13 +226,8 @@ def require_gib(name: str, value: Any) -> None:
         )
 
 
-def _check(
-    vram_gib: float | None,
-    batch_size: int,
-    length: int,
-    quantization: str | None,
-    rank: int,
-    images: int,
+def _check_sizes(
+    vram_gib: float | None, batch_size: int, length: int, rank: int, images: int
 ) -> None:
     if vram_gib is not None:
         require_gib("plan: vram_gib", vram_gib)
@@ -233,6 +240,9 @@ def _check(
     for name, value, least in sizes:
         if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
             raise ValueError(f"plan: {name} must be a whole number from {least} up, got {value!r}")
+
+
+def _check_weights(quantization: str | None, rank: int, dtype: str) -> None:
     if quantization not in ("nf4", None):
         raise ValueError(
             f"plan: quantization must be 'nf4' or None, got {quantization!r} (--quantization nf4 "
@@ -242,6 +252,11 @@ def _check(
         raise ValueError(
             f"plan: lora_rank=0 trains every weight, which those in {quantization!r} cannot be. "
             "Pass quantization=None (--quantization none), or a rank."
+        )
+    if dtype not in ITEMSIZES:
+        raise ValueError(
+            f"plan: dtype must be {' or '.join(map(repr, ITEMSIZES))}, got {dtype!r}. Plan "
+            "'bfloat16' for float16, which is as wide."
         )
 
 
@@ -287,6 +302,17 @@ class _Run:
     lora_rank: int
     images: int = 0
     sound_seconds: float = 0.0
+    dtype: str = "bfloat16"
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight that is not quantised."""
+        return ITEMSIZES[self.dtype]
+
+    @property
+    def activations(self) -> Itemsize:
+        """Bytes an element: float32 weights train under autocast."""
+        return Itemsize(stream=self.itemsize, inner=HALF)
 
     @property
     def soft_tokens(self) -> dict[str, int]:
@@ -313,7 +339,7 @@ class _Run:
     @property
     def per_linear_parameter(self) -> float:
         """Bytes."""
-        return NF4 if self.quantization else ITEMSIZE
+        return NF4 if self.quantization else self.itemsize
 
     @property
     def towers(self) -> float:
@@ -326,12 +352,12 @@ class _Run:
         return self._bytes_of(self.used)
 
     def _bytes_of(self, towers: Iterable[Tower]) -> float:
-        return sum(t.linears * self.per_linear_parameter + t.rest * ITEMSIZE for t in towers)
+        return sum(t.linears * self.per_linear_parameter + t.rest * self.itemsize for t in towers)
 
     @property
     def table(self) -> int:
-        """Bytes."""
-        return self.counts.table * ITEMSIZE
+        """Bytes, as it is loaded."""
+        return self.counts.table * self.itemsize
 
     @property
     def adapters(self) -> int:
@@ -364,9 +390,9 @@ def _weights(run: _Run) -> dict[str, float]:
     counts = run.counts
     found = {
         "text linears": counts.linears * run.per_linear_parameter,
-        "experts": counts.experts * ITEMSIZE,
-        "embedding": counts.embedding * ITEMSIZE,
-        "norms": counts.norms * ITEMSIZE,
+        "experts": counts.experts * run.itemsize,
+        "embedding": counts.embedding * run.itemsize,
+        "norms": counts.norms * run.itemsize,
     }
     if run.lora_rank == 0:
         return found | {"per-layer table": run.table, "towers": run.towers}
@@ -383,7 +409,7 @@ def _trained(run: _Run) -> dict[str, float]:
     others = counts.linears + counts.experts + counts.norms
     others += sum(tower.linears + tower.rest for tower in run.used)
     return {
-        "gradients": (embeddings + others) * ITEMSIZE,
+        "gradients": (embeddings + others) * run.itemsize,
         "optimizer state": embeddings * ADAM_32BIT + others * ADAM_8BIT,
     }
 
@@ -407,44 +433,46 @@ class _Moment(NamedTuple):
 
 def _choose(run: _Run, batch_size: int, length: int) -> Arrangement:
     """`MemoryPolicy.arrangement`, without a tensor to ask about, and with a host that is slower
-    than its card.
+    than its card. It takes all elements to be as wide as the hidden states.
     """
     from gemma_accel.patches.checkpointing import SLACK
 
     layers = run.counts.layers
     if run.vram_gib is None or run.is_mixture or run.is_stock:
         return Arrangement([Mode.RECOMPUTE] * len(layers), False, HEAD_TILE)
-    available = int(run.vram_gib * GIB * (1 - SLACK) - _held(run, batch_size, length))
+    itemsize = Itemsize(run.itemsize, run.itemsize)
+    held = _held(run, batch_size, length, itemsize)
+    available = int(run.vram_gib * GIB * (1 - SLACK) - held)
     trained = int(run.adapters) if _captures() else None
     vocabulary = run.counts.text.vocab_size
-    towers = _towers_backward(run, batch_size)
+    towers = _towers_backward(run, batch_size, itemsize)
     return arrange(
-        layers, batch_size * length, available, vocabulary, trained, ITEMSIZE, towers=towers
+        layers, batch_size * length, available, vocabulary, trained, itemsize, towers=towers
     )
 
 
-def _held(run: _Run, batch_size: int, length: int) -> float:
+def _held(run: _Run, batch_size: int, length: int, itemsize: Itemsize) -> float:
     """What is taken before layers get theirs: what `wiring._tell_policy` says, or is there now."""
     weights = sum(_weights(run).values())
     trained = run.adapters if run.lora_rank else weights
     later = weights + run.adapters + 3 * trained
-    embeddings = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
+    embeddings = batch_size * length * run.counts.text.hidden_size * itemsize.stream
     now = weights + run.adapters + embeddings + _inputs(run, batch_size, length)
-    later += _between_layers(run, _all(run, Mode.OFFLOAD_IN_PARTS), batch_size, length)
-    return max(later, now) + _towers_kept(run, batch_size)
+    later += _between_layers(run, _all(run, Mode.OFFLOAD_IN_PARTS), batch_size, length, itemsize)
+    return max(later, now) + _towers_kept(run, batch_size, itemsize)
 
 
-def _towers_kept(run: _Run, batch_size: int) -> int:
+def _towers_kept(run: _Run, batch_size: int, itemsize: Itemsize) -> int:
     media = run.media(batch_size)
-    kept = sum(tower_kept_bytes(*one, ITEMSIZE) for one in media)
+    kept = sum(tower_kept_bytes(*one, itemsize) for one in media)
     if run.lora_rank == 0:  # convolutions in front that are trained keep what they make
-        kept += sum(n * SOUND_FRONT * ITEMSIZE for tower, n in media if tower.is_audio)
+        kept += sum(n * SOUND_FRONT * itemsize.stream for tower, n in media if tower.is_audio)
     return kept
 
 
-def _towers_backward(run: _Run, batch_size: int) -> int:
+def _towers_backward(run: _Run, batch_size: int, itemsize: Itemsize) -> int:
     """One after the other, when the decoder's is through."""
-    needs = [tower_transient_bytes(*media, ITEMSIZE) for media in run.media(batch_size)]
+    needs = [tower_transient_bytes(*media, itemsize) for media in run.media(batch_size)]
     return max(needs, default=0)
 
 
@@ -458,17 +486,17 @@ def _captures() -> bool:
 
 def _highest(run: _Run, choice: Arrangement, batch_size: int, length: int) -> _Moment:
     """`memory.peak_bytes` in its parts: some layer's backward, the loss, or a tower's backward."""
-    tokens = batch_size * length
-    loss, tower = run.loss(tokens, choice.head_tile), _towers_backward(run, batch_size)
+    tokens, itemsize = batch_size * length, run.activations
+    loss, tower = run.loss(tokens, choice.head_tile), _towers_backward(run, batch_size, itemsize)
     extra = _experts_bytes(run, tokens, backward=True)
-    kept = _towers_kept(run, batch_size)
+    kept = _towers_kept(run, batch_size, itemsize)
     moments = [_Moment(kept, tower, 0)]
     for layer, mode in zip(run.counts.layers, choice.modes, strict=True):
-        kept += tokens * kept_bytes(layer, mode, ITEMSIZE)
-        moments.append(_Moment(kept, transient_bytes(layer, mode, tokens, ITEMSIZE) + extra, 0))
+        kept += tokens * kept_bytes(layer, mode, itemsize)
+        moments.append(_Moment(kept, transient_bytes(layer, mode, tokens, itemsize) + extra, 0))
     if choice.graphed:  # memory of their own, which neither loss nor tower can use
         highest = max(moments[1:], key=sum)
-        own = graph_bytes(tokens, run.counts.text.hidden_size, int(run.adapters), ITEMSIZE)
+        own = graph_bytes(tokens, run.counts.text.hidden_size, int(run.adapters), itemsize)
         return _Moment(highest.kept, highest.workspace + own, max(loss, tower))
     return max(*moments, _Moment(kept, 0, loss), key=sum)
 
@@ -479,7 +507,7 @@ def _experts_bytes(run: _Run, tokens: int, *, backward: bool) -> int:
         return 0
     text = run.counts.text
     row = 3 * text.hidden_size + 4 * text.moe_intermediate_size
-    once = tokens * text.top_k_experts * row * ITEMSIZE
+    once = tokens * text.top_k_experts * row * run.itemsize
     return once * 3 // 2 if backward else once
 
 
@@ -488,14 +516,16 @@ def _inputs(run: _Run, batch_size: int, length: int) -> int:
     return batch_size * length * 3 * 8
 
 
-def _between_layers(run: _Run, choice: Arrangement, batch_size: int, length: int) -> int:
+def _between_layers(
+    run: _Run, choice: Arrangement, batch_size: int, length: int, itemsize: Itemsize | None = None
+) -> int:
     """What passes between layers, and a batch's ids, labels and mask."""
     passing = between_layers_bytes(
         run.counts.layers,
         choice.modes,
         batch_size,
         length,
-        ITEMSIZE,
+        itemsize or run.activations,
         input_gradient=not run.lora_rank,
     )
     return passing + _inputs(run, batch_size, length)
@@ -527,20 +557,20 @@ def _load_peak(run: _Run) -> float:
     if run.lora_rank == 0:
         rest += counts.table
     linears = counts.linears + counts.tower_linears
-    on_the_way = counts.largest_linear * ITEMSIZE * (3 if run.quantization else 1)
-    return linears * run.per_linear_parameter + rest * ITEMSIZE + on_the_way
+    on_the_way = counts.largest_linear * run.itemsize * (3 if run.quantization else 1)
+    return linears * run.per_linear_parameter + rest * run.itemsize + on_the_way
 
 
 def _eval_peak(run: _Run, choice: Arrangement, length: int, train_tokens: int) -> float:
     """Captured graphs are not counted: they go where an evaluation does not fit beside them."""
     counts, shape = run.counts, (EVAL_BATCH, length)
     passing = evaluation_bytes(
-        counts.layers, choice, train_tokens, shape, counts.text.vocab_size, ITEMSIZE
+        counts.layers, choice, train_tokens, shape, counts.text.vocab_size, run.activations
     )
     passing += _experts_bytes(run, EVAL_BATCH * length, backward=False)
     for tower, vectors in run.media(EVAL_BATCH):  # before that
         frozen = dataclasses.replace(tower, trained=False)
-        passing = max(passing, tower_transient_bytes(frozen, vectors, ITEMSIZE))
+        passing = max(passing, tower_transient_bytes(frozen, vectors, run.activations))
     return _reserved(run, _resident(run) - _trained(run)["gradients"], passing)
 
 
@@ -548,19 +578,22 @@ def _eval_peak(run: _Run, choice: Arrangement, length: int, train_tokens: int) -
 
 
 def _stock_train_peak(run: _Run, batch_size: int, length: int) -> float:
-    """Stock TRL: table and towers on the GPU, layers checkpointed, one of them replayed."""
+    """Stock TRL: table and towers on the GPU, layers checkpointed, one of them replayed. In float32
+    all that it makes is as wide: layers in 4 bits answer in their input's dtype.
+    """
     tokens, layers = batch_size * length, run.counts.layers
     table_width = len(layers) * (run.counts.text.hidden_size_per_layer_input or 0)
-    checkpoints = len(layers) * run.counts.text.hidden_size * ITEMSIZE
+    checkpoints = len(layers) * run.counts.text.hidden_size * run.itemsize
     rows = table_width * 8  # the norm's float32 copy, rows or projection, and a gradient
-    replayed = max(_stock_kept(layer) + 4 * layer.mlp for layer in layers)
+    replayed = max(_stock_kept(layer, run.itemsize) + 4 * layer.mlp for layer in layers)
     per_token = checkpoints + rows + replayed
     passing = max(tokens * per_token, tokens * (checkpoints + rows) + run.loss(tokens))
     passing += _experts_bytes(run, tokens, backward=True)
     media = run.media(batch_size)
-    needs = [_stock_tower(shape, vectors)[1] for shape, vectors in media]
+    towers = [_stock_tower(shape, vectors, run.itemsize) for shape, vectors in media]
+    needs = [needed for _, needed in towers]
     passing = max(passing, *needs) if needs else passing
-    passing += sum(_stock_tower(shape, vectors)[0] for shape, vectors in media)
+    passing += sum(kept for kept, _ in towers)
     resident = _resident(run)
     if run.lora_rank:
         resident += run.table + run.towers - run.used_towers
@@ -573,26 +606,26 @@ def _stock_mask(run: _Run, batch_size: int, length: int) -> int:
     sliding = any(layer.sliding for layer in run.counts.layers)
     if not sliding or length <= run.counts.text.sliding_window:
         return 0
-    return batch_size * length**2 * (1 + ITEMSIZE)
+    return batch_size * length**2 * (1 + run.itemsize)
 
 
-def _stock_tower(tower: TowerShape, vectors: int) -> tuple[int, int]:
+def _stock_tower(tower: TowerShape, vectors: int, itemsize: int) -> tuple[int, int]:
     """What a stock tower keeps for its backward, and what that needs beyond: bytes, after what a
     CPU's allocator saw of one.
     """
     if tower.is_audio:  # float32 copies in norms and clamps, and no checkpointing
         kept = tower.layers * (56 * tower.hidden + 10 * tower.mlp)
-        return vectors * kept * ITEMSIZE, vectors * 4 * tower.mlp * ITEMSIZE
+        return vectors * kept * itemsize, vectors * 4 * tower.mlp * itemsize
     kept = (tower.layers + 1) * tower.hidden
-    return vectors * kept * ITEMSIZE, vectors * (30 * tower.hidden + 10 * tower.mlp) * ITEMSIZE
+    return vectors * kept * itemsize, vectors * (30 * tower.hidden + 10 * tower.mlp) * itemsize
 
 
-def _stock_kept(layer: LayerShape) -> int:
+def _stock_kept(layer: LayerShape, itemsize: int) -> int:
     """Bytes a token that a stock layer keeps: float32 copies in norms, four times F in the MLP."""
     norms = 5 if layer.per_layer else 4
     wide = norms * layer.hidden + layer.queries + 2 * layer.keys
     narrow = 4 * layer.mlp + 2 * layer.hidden + 2 * layer.queries + 2 * layer.keys
-    return 4 * wide + ITEMSIZE * (narrow + 3 * layer.per_layer)
+    return 4 * wide + itemsize * (narrow + 3 * layer.per_layer)
 
 
 # --- the plan ---
@@ -615,6 +648,7 @@ def _plan(run: _Run, batch_size: int, length: int) -> Plan:
         largest_batch=_largest(run, length),
         images=run.images,
         sound_seconds=run.sound_seconds,
+        dtype=run.dtype,
     )
     made.notes.extend(_notes(run, length))
     if not made.fits:
@@ -634,13 +668,14 @@ def _components(run: _Run, choice: Arrangement, batch_size: int, length: int) ->
         found["workspace"] = _stock_train_peak(run, batch_size, length) - here
     else:
         found["workspace"] = moment.workspace + between
-        tower = _towers_backward(run, batch_size)
+        tower = _towers_backward(run, batch_size, run.activations)
         found["towers' backward" if moment.outside == tower else "loss"] = moment.outside
         found["allocator slack"] = _reserved(run, resident, passing) - resident - passing
     if run.lora_rank and not run.is_stock:
         parked = run.towers - run.used_towers
-        found |= {"per-layer table" + _HOST: run.table, "towers" + _HOST: parked}
-    input_bytes = batch_size * length * run.counts.text.hidden_size * ITEMSIZE
+        table = run.counts.table * HALF  # as the checkpoint has it
+        found |= {"per-layer table" + _HOST: table, "towers" + _HOST: parked}
+    input_bytes = batch_size * length * run.counts.text.hidden_size * run.itemsize
     # the first layer's input is the embeddings, which all layers read where it has a per-layer one
     first = 1 if run.counts.text.hidden_size_per_layer_input else 0
     away = sum(mode in AWAY for mode in choice.modes[first:])
@@ -684,8 +719,11 @@ def _alternatives(run: _Run, choice: Arrangement, batch_size: int, length: int) 
         parked = 0 if run.is_stock else run.towers - run.used_towers
         found |= {"towers on the GPU": peak + parked} if parked else {}
         other = dataclasses.replace(run, quantization=None if run.quantization else "nf4")
-        name = "bfloat16 weights, same layers" if run.quantization else "NF4 weights, same layers"
+        name = f"{'NF4' if other.quantization else run.dtype} weights, same layers"
         found[name] = _train_peak(other, choice, batch_size, length)
+    if run.dtype == "float32":
+        narrow = dataclasses.replace(run, dtype="bfloat16")
+        found["bfloat16, same layers"] = _train_peak(narrow, choice, batch_size, length)
     found["stock TRL, training"] = _stock_train_peak(run, batch_size, length)
     found["stock TRL, loading"] = _load_peak(run) + (run.table if run.lora_rank else 0)
     return found
@@ -746,6 +784,9 @@ def _remedies(run: _Run, made: Plan) -> list[str]:
     """What would fit, each on its own."""
     batch_size, length = made.batch_size, made.sequence_length
     found = []
+    narrow = dataclasses.replace(run, dtype="bfloat16")
+    if run.dtype == "float32" and _fits(narrow, batch_size, length):
+        found.append(f"loading in bfloat16 ({_BFLOAT16})")
     if made.largest_batch:
         steps = math.ceil(batch_size / made.largest_batch)
         found.append(
@@ -772,6 +813,11 @@ def _notes(run: _Run, length: int) -> list[str]:
         "come on top: a card of 8 GB leaves about 7",
         "the evaluation is TRL's; plain Trainer's makes logits of the whole batch",
     ]
+    if run.dtype == "float32":
+        notes.append(
+            "what is not quantised is float32, in which TRL loads a model given by name, and "
+            f"autocast (bf16=True) computes; {_BFLOAT16} halves it"
+        )
     if length > (most := run.counts.text.max_position_embeddings):
         notes.append(f"the model was made for rows of at most {most:,} tokens, these are longer")
     if run.is_mixture:
@@ -802,7 +848,9 @@ def _media_text(made: _Run) -> str:
 def _places_table(made: Plan) -> Any:
     from rich.table import Table
 
-    weights = "NF4" if made.quantization else "bfloat16"
+    weights = made.dtype
+    if made.quantization:
+        weights = "NF4" if made.dtype == "bfloat16" else f"NF4, the rest {made.dtype}"
     how = f"LoRA rank {made.lora_rank}" if made.lora_rank else "every weight trained"
     title = (
         f"{made.model}\n{weights}, {how}, {made.batch_size} x {made.sequence_length:,} tokens, GiB"

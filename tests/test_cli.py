@@ -157,6 +157,7 @@ def test_info_prints_a_table(monkeypatch, capsys, references):
         (("plan", "e2b", "--vram-gib", "inf"), "vram_gib must be a positive, finite number"),
         (("plan", "e2b", "--quantization", "int8"), "got 'int8' (--quantization nf4 or none)"),
         (("plan", "e2b", "--lora-rank", "0"), "--quantization none"),
+        (("plan", "e2b", "--dtype", "int8"), "'bfloat16' or 'float32', got 'int8'"),
         (("plan", "empty"), "expected a model's directory or a hub id"),
         (("plan", "unknown.json"), "got 'unknown.json'"),
         (("plan", "other.json"), "got 'other.json'"),

@@ -21,6 +21,7 @@ from gemma_accel.memory import (
     HEAD_TILE,
     SOUND_FRONT,
     Arrangement,
+    Itemsize,
     Mode,
     between_layers_bytes,
     peak_bytes,
@@ -54,8 +55,8 @@ def measured(stack):
     for path in sorted((BENCHMARKS / "results").rglob("*.json")):
         content = json.loads(path.read_text())
         for row in content.get("rows", ()) if isinstance(content, dict) else ():
-            plannable = row.get("work") in WORKS and not row.get("float32")
-            if row.get("stack") == stack and plannable and "peak_reserved_gib" in row:
+            plannable = row.get("work") in WORKS and "peak_reserved_gib" in row
+            if row.get("stack") == stack and plannable:
                 rows[f"{path.stem}-{row.get('label')}-{row['work']}-{len(rows)}"] = row
     return rows
 
@@ -70,11 +71,12 @@ def plan_of(row):
     work = works.WORKS[row["work"]]
     ran = row["model"], row["batch_size"], row["sequence_length"]
     assert ran == (work.model, work.batch_size, work.sequence_length)
-    return works.plan_of(row["work"], limit)
+    return works.plan_of(row["work"], limit, float32=row.get("float32", False))
 
 
 OURS, STOCK = measured("gemma_accel"), measured("trl")
 assert {row["work"] for row in OURS.values()} == set(WORKS) - {"photos"}
+assert any(row.get("float32") for row in OURS.values())
 assert {row["work"] for row in STOCK.values()} == set(WORKS) - {"photos", "longest"}
 
 
@@ -220,11 +222,21 @@ def test_whatever_has_a_config_will_do(source, tmp_path):
 
 def test_plan_for_model_reads_rank_and_quantisation():
     model = tiny_model("conditional")
-    assert plan_for_model(model, 1.0, 1, 64) == plan(model, **small(), lora_rank=16)
+    wanted = small(dtype="float32")
+    assert plan_for_model(model, 1.0, 1, 64) == plan(model, **wanted, lora_rank=16)
     get_peft_model(model, LoraConfig(r=4, target_modules=ADAPTED))
-    assert plan_for_model(model, 1.0, 1, 64) == plan(model, **small(), lora_rank=4)
+    assert plan_for_model(model, 1.0, 1, 64) == plan(model, **wanted, lora_rank=4)
     model.is_loaded_in_4bit = True
     assert plan_for_model(model, 1.0, 1, 64).quantization == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "planned"),
+    [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")],
+)
+def test_plan_for_model_reads_the_dtype(dtype, planned):
+    model = tiny_model("conditional", dtype=getattr(torch, dtype))
+    assert plan_for_model(model, 1.0, 1, 64) == plan(model, **small(), dtype=planned)
 
 
 def small(**changes):
@@ -253,30 +265,35 @@ def test_the_parts_of_the_peak_are_memorys_peak(model, modes):
         assert sum(moment) == peak_bytes(run.counts.layers, chosen, tokens, loss)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("images", [0, 7])
 @pytest.mark.parametrize("vram_gib", [2.4, 3.0, 3.6, 7.0, 24.0])
-def test_layers_are_chosen_as_the_policy_chooses(vram_gib, images, graphs, monkeypatch):
+def test_layers_are_chosen_as_the_policy_chooses(vram_gib, images, graphs, dtype, monkeypatch):
     monkeypatch.setattr(planner, "_captures", lambda: graphs)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     vram_gib += images / 4
-    run = dataclasses.replace(run_of("e2b", vram_gib), images=images)
+    run = dataclasses.replace(run_of("e2b", vram_gib), images=images, dtype=dtype)
+    itemsize = Itemsize(run.itemsize, run.itemsize)
     policy = MemoryPolicy(SimpleNamespace(config=run.counts.text))
     policy.budget = int(vram_gib * GIB)
     policy.graphs = SimpleNamespace(make_room=lambda: None) if graphs else None
     for tower, vectors in run.media(2):
         policy.expect_media(tower, vectors)
     tight = planner._all(run, Mode.OFFLOAD_IN_PARTS)
-    passing = between_layers_bytes(run.counts.layers, tight.modes, 2, 2048, input_gradient=False)
-    passing += planner._towers_kept(run, 2)
-    policy.fixed = math.ceil(planner._held(run, 2, 2048)) - passing  # which it adds itself
+    passing = between_layers_bytes(
+        run.counts.layers, tight.modes, 2, 2048, itemsize, input_gradient=False
+    )
+    passing += planner._towers_kept(run, 2, itemsize)
+    held = math.ceil(planner._held(run, 2, 2048, itemsize))
+    policy.fixed = held - passing  # which it adds itself
     policy.trained = run.adapters
     on_a_gpu = SimpleNamespace(
         shape=(2, 2048, 1536),
         is_cuda=True,
         device="cuda",
         requires_grad=False,
-        element_size=lambda: 2,
+        element_size=lambda: run.itemsize,
     )
     choice = planner._choose(run, 2, 2048)
     first = policy.arrangement(on_a_gpu)
@@ -285,8 +302,9 @@ def test_layers_are_chosen_as_the_policy_chooses(vram_gib, images, graphs, monke
     assert first == choice or (for_graphs_alone and not first.graphed)
     assert choice.graphed == policy.graphs_fit(on_a_gpu, host_bound=True)
     assert policy.arrangement(on_a_gpu) == choice
-    # the vision tower's backward, 1.6 GiB here, lies beside graphs and not beside layers
-    assert choice.graphed == (graphs and vram_gib > (5.0 if images else 2.4))
+    if dtype == "bfloat16":
+        # the vision tower's backward, 1.6 GiB here, lies beside graphs and not beside layers
+        assert choice.graphed == (graphs and vram_gib > (5.0 if images else 2.4))
     policy.set_budget(policy.budget)
     assert policy.graphs_fit(on_a_gpu, host_bound=False) == (choice.graphed != for_graphs_alone)
     assert policy.arrangement(on_a_gpu) == first
@@ -414,6 +432,9 @@ def test_remedies_offer_four_bits_and_adapters_where_they_help():
     assert not made.fits and any("quantization='nf4'" in remedy for remedy in made.remedies)
     made = make(vram_gib=8.0, quantization=None, lora_rank=0)
     assert not made.fits and any("lora_rank=16" in remedy for remedy in made.remedies)
+    made = make(vram_gib=2.5, dtype="float32")
+    assert not made.fits and "'dtype': 'bfloat16'" in made.remedies[0]
+    assert make(vram_gib=2.5).fits
     assert not make(vram_gib=3.0).remedies
 
 
@@ -508,8 +529,8 @@ def test_graphs_leave_a_towers_backward_its_room():
 
 def test_an_audio_tower_that_is_trained_whole_keeps_its_convolutions_too():
     run = dataclasses.replace(run_of(quantization=None, lora_rank=0), sound_seconds=20.0)
-    more = planner._towers_kept(run, 1)
-    more -= planner._towers_kept(dataclasses.replace(run, lora_rank=16), 1)
+    more = planner._towers_kept(run, 1, run.activations)
+    more -= planner._towers_kept(dataclasses.replace(run, lora_rank=16), 1, run.activations)
     assert more == 500 * SOUND_FRONT * 2  # which tests/patches/test_peaks.py holds to a real one
 
 
@@ -527,6 +548,39 @@ def test_the_table_says_which_media():
     both = str(make(images=2, sound_seconds=1.5))
     assert "2 images and 1.5 s of sound in each sequence, adapters in their towers too" in both
     assert "a text-only run, with adamw_8bit" in str(make())
+
+
+# --- in float32 ---
+
+
+def test_float32_doubles_what_is_not_quantised():
+    half, full = make(vram_gib=7.0), make(vram_gib=7.0, dtype="float32")
+    for name, times in {"embedding": 2, "norms": 2, "text linears": 1, "adapters": 1}.items():
+        assert full.components[name] == pytest.approx(times * half.components[name])
+    # which stays in the checkpoint file
+    assert full.components["per-layer table (host)"] == half.components["per-layer table (host)"]
+    same = full.choices["alternatives"]["bfloat16, same layers"]
+    assert half.load_peak_gib < same < full.peak_gib
+    whole = make(vram_gib=80.0, quantization=None, lora_rank=0, dtype="float32")
+    assert whole.components["per-layer table"] == pytest.approx(2 * 4.375)
+
+
+def test_autocast_computes_in_half():
+    run = dataclasses.replace(run_of(), dtype="float32")
+    keep = planner._all(run, Mode.KEEP)
+    sums = {
+        dtype: sum(planner._highest(dataclasses.replace(run, dtype=dtype), keep, 2, 2048))
+        for dtype in ("bfloat16", "float32")
+    }
+    assert 1.1 < sums["float32"] / sums["bfloat16"] < 1.5
+
+
+def test_the_table_says_float32_and_what_to_do():
+    text = " ".join(str(make(dtype="float32")).split())
+    assert "NF4, the rest float32, LoRA rank 16" in text
+    assert "SFTConfig(model_init_kwargs={'dtype': 'bfloat16'}) halves it" in text
+    assert "float32" not in str(make())
+    assert "float32, LoRA rank 16" in str(make(quantization=None, dtype="float32"))
 
 
 # --- refused ---
@@ -547,6 +601,7 @@ def test_the_table_says_which_media():
         ({"sequence_length": 0}, "sequence_length must be a whole number from 1 up, got 0"),
         ({"sequence_length": 2048.0}, "sequence_length must be .* got 2048.0"),
         ({"quantization": "int8"}, "'nf4' or None, got 'int8'"),
+        ({"dtype": "float16"}, "'bfloat16' or 'float32', got 'float16'.* as wide"),
         ({"lora_rank": -1}, "from 0 up, got -1"),
         ({"lora_rank": None}, "from 0 up, got None"),
         ({"lora_rank": 0}, "Pass quantization=None"),

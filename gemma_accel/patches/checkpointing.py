@@ -24,6 +24,7 @@ from gemma_accel.memory import (
     AWAY,
     HEAD_TILE,
     Arrangement,
+    Itemsize,
     Mode,
     TowerShape,
     arrange,
@@ -123,7 +124,7 @@ class MemoryPolicy:
         if graphs is None or not graphs.captured or not hidden.is_cuda:
             return
         vectors = hidden.shape[0] * hidden.shape[1]
-        needed = tower_transient_bytes(tower, vectors, hidden.element_size())
+        needed = tower_transient_bytes(tower, vectors, _itemsize(hidden))
         if not self._fits_beside(graphs.nbytes, needed, hidden):
             graphs.make_room()
 
@@ -165,7 +166,7 @@ class MemoryPolicy:
 
     def _arranged(self, hidden: Tensor, *, captures: bool) -> Arrangement:
         assert self.budget is not None
-        batch, length, itemsize = *hidden.shape[:2], hidden.element_size()
+        batch, length, itemsize = *hidden.shape[:2], _itemsize(hidden)
         held = torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
         passing = between_layers_bytes(
             self.shapes,
@@ -186,7 +187,7 @@ class MemoryPolicy:
             towers=self._towers_backward(itemsize),
         )
 
-    def _towers_backward(self, itemsize: int) -> int:
+    def _towers_backward(self, itemsize: Itemsize) -> int:
         """Bytes: one tower's after the other."""
         needs = [tower_transient_bytes(*media, itemsize) for media in self.media.items()]
         return max(needs, default=0)
@@ -222,7 +223,7 @@ class MemoryPolicy:
         tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
         tile = self.arrangement(hidden).head_tile
         loss = loss_bytes(tokens, width, self.vocabulary, tile)
-        outside = max(loss, self._towers_backward(hidden.element_size()))
+        outside = max(loss, self._towers_backward(_itemsize(hidden)))
         held = torch.cuda.memory_reserved(hidden.device)
         return held + outside + self.trained - self.budget
 
@@ -237,7 +238,7 @@ class MemoryPolicy:
             captured.shape[0] * captured.shape[1],
             (hidden.shape[0], hidden.shape[1]),
             self.vocabulary,
-            hidden.element_size(),
+            _itemsize(hidden),
         )
         return self._fits_beside(graphs, needed, hidden)
 
@@ -324,6 +325,11 @@ class MemoryPolicy:
 
 def _key(hidden: Tensor) -> tuple[int, ...]:
     return (*hidden.shape, hidden.element_size())
+
+
+def _itemsize(hidden: Tensor) -> Itemsize:
+    """As if all were as wide as ``hidden``: too much under autocast, never too little."""
+    return Itemsize(hidden.element_size(), hidden.element_size())
 
 
 def _has_backward(layer: Any, hidden: Tensor) -> bool:
