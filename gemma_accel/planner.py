@@ -517,7 +517,7 @@ def _inputs(run: _Run, batch_size: int, length: int) -> int:
 
 
 def _between_layers(
-    run: _Run, choice: Arrangement, batch_size: int, length: int, itemsize: Itemsize | None = None
+    run: _Run, choice: Arrangement, batch_size: int, length: int, itemsize: Itemsize
 ) -> int:
     """What passes between layers, and a batch's ids, labels and mask."""
     passing = between_layers_bytes(
@@ -525,7 +525,7 @@ def _between_layers(
         choice.modes,
         batch_size,
         length,
-        itemsize or run.activations,
+        itemsize,
         input_gradient=not run.lora_rank,
     )
     return passing + _inputs(run, batch_size, length)
@@ -546,7 +546,8 @@ def _train_peak(run: _Run, choice: Arrangement, batch_size: int, length: int) ->
     if run.is_stock:
         return _stock_train_peak(run, batch_size, length)
     moment = _highest(run, choice, batch_size, length)
-    passing = sum(moment) + _between_layers(run, choice, batch_size, length)
+    between = _between_layers(run, choice, batch_size, length, run.activations)
+    passing = sum(moment) + between
     return _reserved(run, _resident(run), passing)
 
 
@@ -659,7 +660,7 @@ def _plan(run: _Run, batch_size: int, length: int) -> Plan:
 def _components(run: _Run, choice: Arrangement, batch_size: int, length: int) -> dict[str, float]:
     """GiB by name."""
     moment = _highest(run, choice, batch_size, length)
-    between = _between_layers(run, choice, batch_size, length)
+    between = _between_layers(run, choice, batch_size, length, run.activations)
     resident, passing = _resident(run), sum(moment) + between
     found: dict[str, float] = {**_weights(run), **_trained(run), "kept activations": moment.kept}
     if run.is_stock:
@@ -818,6 +819,8 @@ def _notes(run: _Run, length: int) -> list[str]:
             "what is not quantised is float32, in which TRL loads a model given by name, and "
             f"autocast (bf16=True) computes; {_BFLOAT16} halves it"
         )
+    else:
+        notes.append(f"TRL loads a model given by name in float32, unless told: {_BFLOAT16}")
     if length > (most := run.counts.text.max_position_embeddings):
         notes.append(f"the model was made for rows of at most {most:,} tokens, these are longer")
     if run.is_mixture:

@@ -579,7 +579,7 @@ def test_the_table_says_float32_and_what_to_do():
     text = " ".join(str(make(dtype="float32")).split())
     assert "NF4, the rest float32, LoRA rank 16" in text
     assert "SFTConfig(model_init_kwargs={'dtype': 'bfloat16'}) halves it" in text
-    assert "float32" not in str(make())
+    assert "NF4, LoRA rank 16" in str(make()) and "in float32, unless told" in str(make())
     assert "float32, LoRA rank 16" in str(make(quantization=None, dtype="float32"))
 
 
