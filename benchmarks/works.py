@@ -92,6 +92,7 @@ def plan_of(
     """
     from gemma_accel.planner import plan
 
+    dtype = "float32" if float32 else "bfloat16"
     if work in MEDIA_WORKS:
         media = MEDIA_WORKS[work]
         return plan(
@@ -101,6 +102,7 @@ def plan_of(
             sequence_length=media.tokens,
             images=len(media.grids),
             sound_seconds=media.frames / 100,
+            dtype=dtype,
         )
     shape = WORKS[work]
     return plan(
@@ -110,7 +112,7 @@ def plan_of(
         sequence_length=length or shape.sequence_length,
         quantization="nf4" if shape.quantised else None,
         lora_rank=shape.lora_rank,
-        dtype="float32" if float32 else "bfloat16",
+        dtype=dtype,
     )
 
 

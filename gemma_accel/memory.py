@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 __all__ = [
     "AWAY",
+    "HALF",
     "HEAD_TILE",
     "SOUND_FRONT",
     "Arrangement",

@@ -46,7 +46,7 @@ __all__ = ["Plan", "plan", "plan_for_model", "require_gib"]
 
 GIB = 2**30
 ITEMSIZES = {"bfloat16": 2, "float32": 4}
-HALF = 2  # bytes an element of a released checkpoint, and of what autocast computes
+NARROW = ITEMSIZES["bfloat16"]  # of released checkpoints, and of what autocast computes
 # bytes a parameter in NF4: codes, an int8 scale a block of 64, a float32 for 256 of these
 NF4 = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 # bytes a parameter for 8-bit Adam: two moments, each with a float32 scale a block of 256
@@ -312,7 +312,7 @@ class _Run:
     @property
     def activations(self) -> Itemsize:
         """Bytes an element: float32 weights train under autocast."""
-        return Itemsize(stream=self.itemsize, inner=HALF)
+        return Itemsize(stream=self.itemsize, inner=NARROW)
 
     @property
     def soft_tokens(self) -> dict[str, int]:
@@ -674,7 +674,7 @@ def _components(run: _Run, choice: Arrangement, batch_size: int, length: int) ->
         found["allocator slack"] = _reserved(run, resident, passing) - resident - passing
     if run.lora_rank and not run.is_stock:
         parked = run.towers - run.used_towers
-        table = run.counts.table * HALF  # as the checkpoint has it
+        table = run.counts.table * NARROW  # as the checkpoint has it
         found |= {"per-layer table" + _HOST: table, "towers" + _HOST: parked}
     input_bytes = batch_size * length * run.counts.text.hidden_size * run.itemsize
     # the first layer's input is the embeddings, which all layers read where it has a per-layer one
