@@ -90,7 +90,8 @@ def plan(
     sequence_length: Annotated[int, typer.Option(min=1)] = 2048,
     quantization: Annotated[str, typer.Option(help="nf4 or none")] = "nf4",
     dtype: Annotated[
-        str, typer.Option(help="bfloat16 or float32, of what is not quantised")
+        str,
+        typer.Option(help="bfloat16, or float32, which TRL takes for a name unless told"),
     ] = "bfloat16",
     lora_rank: Annotated[int, typer.Option(min=0, help="0: train every weight")] = 16,
     images: Annotated[int, typer.Option(min=0, help="in each sequence, of 280 tokens")] = 0,

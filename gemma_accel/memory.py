@@ -18,7 +18,6 @@ __all__ = [
     "AWAY",
     "HALF",
     "HEAD_TILE",
-    "SOUND_FRONT",
     "Arrangement",
     "Itemsize",
     "LayerShape",
@@ -36,6 +35,7 @@ __all__ = [
     "loss_bytes",
     "mlp_schedule",
     "peak_bytes",
+    "sound_front_bytes",
     "tower_kept_bytes",
     "tower_shapes",
     "tower_transient_bytes",
@@ -423,12 +423,6 @@ def evaluation_bytes(
     return max(layer_work, head) + between
 
 
-SOUND_FRONT = 3 * 2 * 64 * 128
-"""Elements for each soft token of sound: the first convolution's output, half of 128 frequencies in
-128 channels at twice the tokens' rate, its norm, and its activation.
-"""
-
-
 @dataclass(frozen=True)
 class TowerShape:
     """A vision or audio tower, and how it is run."""
@@ -468,16 +462,23 @@ def tower_kept_bytes(tower: TowerShape, vectors: int, itemsize: Itemsize = HALF)
         return 0
     hidden = tower.hidden * itemsize.stream
     if tower.is_audio:
-        # inputs and outputs of two feed-forwards, of attention and of the convolution; the last
-        # norm's input
-        layer = 9 * hidden
-        # norms of these four; queries, keys, values, attention's output; both halves of the gate,
-        # the convolution's output; both sides of the activation, twice
-        layer += (11 * tower.hidden + 4 * tower.mlp) * itemsize.inner
+        # a feed-forward's input, its norm, both sides of the activation, its output, twice;
+        # attention's input, its norm, queries, keys, values, output, its projection; the
+        # convolution's input, its norm, both halves of the gate, its output, its projection; the
+        # last norm's input. The stream is what a projection in front made.
+        layer = (20 * tower.hidden + 4 * tower.mlp) * itemsize.inner
     else:
         layer = hidden if tower.replayed else _vision_layer(tower, itemsize)
     # the pooler's weights and the rotation come to about one more input
     return vectors * (tower.layers * layer + hidden)
+
+
+def sound_front_bytes(vectors: int, itemsize: Itemsize = HALF) -> int:
+    """Bytes of the first convolution's output for so many soft tokens of sound, half of 128
+    frequencies in 128 channels at twice the tokens' rate, of its norm, and of its activation.
+    """
+    # the norm is in float32 under autocast, and so is what follows it
+    return vectors * 2 * 64 * 128 * (itemsize.inner + 2 * itemsize.stream)
 
 
 def tower_transient_bytes(tower: TowerShape, vectors: int, itemsize: Itemsize = HALF) -> int:
@@ -486,8 +487,8 @@ def tower_transient_bytes(tower: TowerShape, vectors: int, itemsize: Itemsize = 
     """
     stream, inner = itemsize
     if not tower.trained:
-        if tower.is_audio:  # what is in front; autocast has norms in float32
-            return vectors * SOUND_FRONT // 3 * (2 * stream + inner)
+        if tower.is_audio:
+            return sound_front_bytes(vectors, itemsize)
         # a layer's norms and sums; gate, up, their product
         return vectors * (7 * tower.hidden * stream + 3 * tower.mlp * inner)
     if tower.is_audio:  # gradients of one side of the activation

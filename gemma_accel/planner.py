@@ -25,7 +25,6 @@ from gemma_accel.counts import Counts, Tower, config_of, count
 from gemma_accel.memory import (
     AWAY,
     HEAD_TILE,
-    SOUND_FRONT,
     Arrangement,
     Itemsize,
     LayerShape,
@@ -37,10 +36,12 @@ from gemma_accel.memory import (
     graph_bytes,
     kept_bytes,
     loss_bytes,
+    sound_front_bytes,
     tower_kept_bytes,
     tower_transient_bytes,
     transient_bytes,
 )
+from gemma_accel.models import text_model
 
 __all__ = ["Plan", "plan", "plan_for_model", "require_gib"]
 
@@ -63,7 +64,7 @@ SOUND_TOKENS = 25  # of a second of sound
 PROCESS = 1.35  # GiB of host memory that Python, torch and CUDA's libraries hold (measured)
 
 _HOST = " (host)"
-_BFLOAT16 = "SFTConfig(model_init_kwargs={'dtype': 'bfloat16'})"
+_BFLOAT16 = "dtype='bfloat16', by name SFTConfig(model_init_kwargs={'dtype': 'bfloat16'})"
 
 
 # --- what a user sees ---
@@ -86,7 +87,7 @@ class Plan:
         remedies: where it does not fit, what would.
         notes: what the figures take for granted.
         images, sound_seconds: the media of each sequence.
-        dtype: of the weights that are not quantised.
+        dtype: of the weights that are not quantised; "bfloat16" stands for float16 too.
     """
 
     model: str
@@ -163,14 +164,16 @@ def plan(
             every layer is checkpointed as stock does.
         batch_size: sequences in a step at once (``per_device_train_batch_size``).
         sequence_length: tokens of each, its media's soft tokens included.
-        quantization: "nf4" (bitsandbytes, with double quantisation) or None (bfloat16).
+        quantization: "nf4" (bitsandbytes, with double quantisation) or None (all in ``dtype``).
         lora_rank: of adapters on the language model's projections (q, k, v, o, gate, up, down);
             0 trains every weight.
         images: images in each sequence, 280 soft tokens apiece. There are adapters in the vision
             tower too, then.
         sound_seconds: seconds of sound in each sequence, 25 soft tokens apiece; likewise.
         dtype: of the weights that are not quantised: "bfloat16", or "float32", in which TRL loads
-            a model given by name; autocast (``bf16=True``) computes in bfloat16 then.
+            a model given by name unless told; autocast (``bf16=True``) computes in bfloat16 then.
+            The per-layer table is taken to stay in the checkpoint file, in bfloat16; a model that
+            was float32 before `apply` has it in float32 in host memory.
 
     Raises:
         UnsupportedModelError: not a Gemma 4 config or model.
@@ -198,7 +201,7 @@ def plan_for_model(
 
     A model without adapters is taken as one that gets some of rank 16, PEFT coming after `apply`.
     """
-    wide = base_model.get_input_embeddings().weight.dtype.itemsize == ITEMSIZES["float32"]
+    wide = text_model(base_model).norm.weight.dtype.itemsize > NARROW  # which nothing quantises
     ranks = [p.shape[0] for name, p in base_model.named_parameters() if ".lora_A." in name]
     return plan(
         base_model,
@@ -466,7 +469,7 @@ def _towers_kept(run: _Run, batch_size: int, itemsize: Itemsize) -> int:
     media = run.media(batch_size)
     kept = sum(tower_kept_bytes(*one, itemsize) for one in media)
     if run.lora_rank == 0:  # convolutions in front that are trained keep what they make
-        kept += sum(n * SOUND_FRONT * itemsize.stream for tower, n in media if tower.is_audio)
+        kept += sum(sound_front_bytes(n, itemsize) for tower, n in media if tower.is_audio)
     return kept
 
 
@@ -552,7 +555,7 @@ def _train_peak(run: _Run, choice: Arrangement, batch_size: int, length: int) ->
 
 
 def _load_peak(run: _Run) -> float:
-    """Bytes reserved up front, the scales of 4-bit weights, and bf16 weights on the way to NF4."""
+    """Bytes reserved up front, the scales of 4-bit weights, and weights on the way to NF4."""
     counts = run.counts
     rest = counts.embedding + counts.experts + counts.norms + counts.tower_rest
     if run.lora_rank == 0:
@@ -579,16 +582,22 @@ def _eval_peak(run: _Run, choice: Arrangement, length: int, train_tokens: int) -
 
 
 def _stock_train_peak(run: _Run, batch_size: int, length: int) -> float:
-    """Stock TRL: table and towers on the GPU, layers checkpointed, one of them replayed. In float32
-    all that it makes is as wide: layers in 4 bits answer in their input's dtype.
+    """Stock TRL: table and towers on the GPU, layers checkpointed, one of them replayed.
+
+    In float32 layers in 4 bits answer in their input's dtype, others as autocast has it. (Of
+    float32 NF4 alone has been measured.)
     """
     tokens, layers = batch_size * length, run.counts.layers
+    inner = run.itemsize if run.quantization else NARROW
     table_width = len(layers) * (run.counts.text.hidden_size_per_layer_input or 0)
     checkpoints = len(layers) * run.counts.text.hidden_size * run.itemsize
     rows = table_width * 8  # the norm's float32 copy, rows or projection, and a gradient
-    replayed = max(_stock_kept(layer, run.itemsize) + 4 * layer.mlp for layer in layers)
+    replayed = max(_stock_kept(layer, inner) + 4 * layer.mlp for layer in layers)
     per_token = checkpoints + rows + replayed
-    passing = max(tokens * per_token, tokens * (checkpoints + rows) + run.loss(tokens))
+    loss = run.loss(tokens)
+    if run.lora_rank == 0 and run.itemsize > NARROW:
+        loss += run.counts.linears * NARROW  # autocast's copies, until the forward is through
+    passing = max(tokens * per_token, tokens * (checkpoints + rows) + loss)
     passing += _experts_bytes(run, tokens, backward=True)
     media = run.media(batch_size)
     towers = [_stock_tower(shape, vectors, run.itemsize) for shape, vectors in media]
@@ -614,9 +623,9 @@ def _stock_tower(tower: TowerShape, vectors: int, itemsize: int) -> tuple[int, i
     """What a stock tower keeps for its backward, and what that needs beyond: bytes, after what a
     CPU's allocator saw of one.
     """
-    if tower.is_audio:  # float32 copies in norms and clamps, and no checkpointing
+    if tower.is_audio:  # float32 copies in norms and clamps, no checkpointing, a narrow stream
         kept = tower.layers * (56 * tower.hidden + 10 * tower.mlp)
-        return vectors * kept * itemsize, vectors * 4 * tower.mlp * itemsize
+        return vectors * kept * NARROW, vectors * 4 * tower.mlp * NARROW
     kept = (tower.layers + 1) * tower.hidden
     return vectors * kept * itemsize, vectors * (30 * tower.hidden + 10 * tower.mlp) * itemsize
 
@@ -724,7 +733,7 @@ def _alternatives(run: _Run, choice: Arrangement, batch_size: int, length: int) 
         found[name] = _train_peak(other, choice, batch_size, length)
     if run.dtype == "float32":
         narrow = dataclasses.replace(run, dtype="bfloat16")
-        found["bfloat16, same layers"] = _train_peak(narrow, choice, batch_size, length)
+        found["all in bfloat16, same layers"] = _train_peak(narrow, choice, batch_size, length)
     found["stock TRL, training"] = _stock_train_peak(run, batch_size, length)
     found["stock TRL, loading"] = _load_peak(run) + (run.table if run.lora_rank else 0)
     return found
@@ -816,17 +825,16 @@ def _notes(run: _Run, length: int) -> list[str]:
     ]
     if run.dtype == "float32":
         notes.append(
-            "what is not quantised is float32, in which TRL loads a model given by name, and "
-            f"autocast (bf16=True) computes; {_BFLOAT16} halves it"
+            "what is not quantised is float32, in which TRL loads a model given by name, and to "
+            "which prepare_model_for_kbit_training widens one, and autocast (bf16=True) computes; "
+            f"loading in bfloat16 ({_BFLOAT16}) halves these weights"
         )
-    else:
-        notes.append(f"TRL loads a model given by name in float32, unless told: {_BFLOAT16}")
     if length > (most := run.counts.text.max_position_embeddings):
         notes.append(f"the model was made for rows of at most {most:,} tokens, these are longer")
     if run.is_mixture:
         notes.append(
-            "experts are not nn.Linear: bitsandbytes leaves them in bfloat16; layers with experts "
-            "are checkpointed as stock does"
+            f"experts are not nn.Linear: bitsandbytes leaves them in {run.dtype}; layers with "
+            "experts are checkpointed as stock does"
         )
     if run.is_stock:
         notes.append(
@@ -896,7 +904,7 @@ def _sentences(made: Plan) -> Iterator[str]:
         yield f"{verdict} {made.vram_gib:g} GiB"
         yield f"longest sequence at batch size {made.batch_size}: {made.longest_sequence:,} tokens"
         yield f"largest batch of {made.sequence_length:,} tokens: {made.largest_batch}"
-        if not _within(made.vram_gib, made.eval_peak_gib):
+        if made.fits and not _within(made.vram_gib, made.eval_peak_gib):
             yield "evaluation does not: set per_device_eval_batch_size lower"
     for remedy in made.remedies:
         yield f"would fit: {remedy}"

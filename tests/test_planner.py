@@ -19,12 +19,12 @@ from gemma_accel import counts, planner
 from gemma_accel.errors import UnsupportedModelError
 from gemma_accel.memory import (
     HEAD_TILE,
-    SOUND_FRONT,
     Arrangement,
     Itemsize,
     Mode,
     between_layers_bytes,
     peak_bytes,
+    sound_front_bytes,
     tower_transient_bytes,
 )
 from gemma_accel.patches.checkpointing import MemoryPolicy
@@ -302,9 +302,9 @@ def test_layers_are_chosen_as_the_policy_chooses(vram_gib, images, graphs, dtype
     assert first == choice or (for_graphs_alone and not first.graphed)
     assert choice.graphed == policy.graphs_fit(on_a_gpu, host_bound=True)
     assert policy.arrangement(on_a_gpu) == choice
-    if dtype == "bfloat16":
-        # the vision tower's backward, 1.6 GiB here, lies beside graphs and not beside layers
-        assert choice.graphed == (graphs and vram_gib > (5.0 if images else 2.4))
+    # the vision tower's backward, 1.6 GiB here, lies beside graphs and not beside layers
+    least = {"bfloat16": (2.4, 5.0), "float32": (3.0, 9.0)}[dtype]
+    assert choice.graphed == (graphs and vram_gib > least[images > 0])
     policy.set_budget(policy.budget)
     assert policy.graphs_fit(on_a_gpu, host_bound=False) == (choice.graphed != for_graphs_alone)
     assert policy.arrangement(on_a_gpu) == first
@@ -450,6 +450,8 @@ def test_evaluation_stands_beside_training():
     assert longer.eval_peak_gib > made.eval_peak_gib > made.load_peak_gib
     tight = make(vram_gib=3.0)
     assert tight.eval_peak_gib > 3.0 and "per_device_eval_batch_size" in str(tight)
+    hopeless = make(vram_gib=8.0, quantization=None, lora_rank=0)
+    assert hopeless.eval_peak_gib > 8.0 and "per_device_eval_batch_size" not in str(hopeless)
 
 
 # --- shown ---
@@ -531,7 +533,7 @@ def test_an_audio_tower_that_is_trained_whole_keeps_its_convolutions_too():
     run = dataclasses.replace(run_of(quantization=None, lora_rank=0), sound_seconds=20.0)
     more = planner._towers_kept(run, 1, run.activations)
     more -= planner._towers_kept(dataclasses.replace(run, lora_rank=16), 1, run.activations)
-    assert more == 500 * SOUND_FRONT * 2  # which tests/patches/test_peaks.py holds to a real one
+    assert more == sound_front_bytes(500)  # which tests/patches/test_peaks.py holds to a real one
 
 
 def test_more_media_take_more_and_leave_less():
@@ -559,10 +561,14 @@ def test_float32_doubles_what_is_not_quantised():
         assert full.components[name] == pytest.approx(times * half.components[name])
     # which stays in the checkpoint file
     assert full.components["per-layer table (host)"] == half.components["per-layer table (host)"]
-    same = full.choices["alternatives"]["bfloat16, same layers"]
+    same = full.choices["alternatives"]["all in bfloat16, same layers"]
     assert half.load_peak_gib < same < full.peak_gib
     whole = make(vram_gib=80.0, quantization=None, lora_rank=0, dtype="float32")
     assert whole.components["per-layer table"] == pytest.approx(2 * 4.375)
+    images = [make(vram_gib=7.0, images=2, dtype=dtype) for dtype in ("bfloat16", "float32")]
+    rest = run_of().counts.towers["vision"].rest
+    towers = [made.components["towers"] * GIB for made in images]
+    assert towers[1] - towers[0] == pytest.approx(2 * rest)
 
 
 def test_autocast_computes_in_half():
@@ -578,8 +584,9 @@ def test_autocast_computes_in_half():
 def test_the_table_says_float32_and_what_to_do():
     text = " ".join(str(make(dtype="float32")).split())
     assert "NF4, the rest float32, LoRA rank 16" in text
-    assert "SFTConfig(model_init_kwargs={'dtype': 'bfloat16'}) halves it" in text
-    assert "NF4, LoRA rank 16" in str(make()) and "in float32, unless told" in str(make())
+    assert "SFTConfig(model_init_kwargs={'dtype': 'bfloat16'})) halves" in text
+    assert "NF4, LoRA rank 16" in str(make()) and "float32" not in str(make())
+    assert "leaves them in float32" in " ".join(make("26b-a4b", dtype="float32").notes)
     assert "float32, LoRA rank 16" in str(make(quantization=None, dtype="float32"))
 
 

@@ -328,7 +328,7 @@ def _key(hidden: Tensor) -> tuple[int, ...]:
 
 
 def _itemsize(hidden: Tensor) -> Itemsize:
-    """As if all were as wide as ``hidden``: too much under autocast, never too little."""
+    """As if all were as wide as ``hidden``: too much in float32 under autocast."""
     return Itemsize(hidden.element_size(), hidden.element_size())
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from gemma_accel.errors import RestoreError
 from gemma_accel.hookspecs import Patch
@@ -22,8 +23,8 @@ def home_of(thing: Any) -> str:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody watches the module by a hook, or runs something else in place of its
-    forward: then it must be called as a module, and not be read.
+    """Whether somebody watches the module by a hook, its own or one of all modules, or runs
+    something else in place of its forward: then it must be called as a module, and not be read.
     """
     v = vars(module)
     return bool(
@@ -32,6 +33,7 @@ def is_watched(module: nn.Module) -> bool:
         or v["_backward_hooks"]
         or v["_backward_pre_hooks"]
         or "forward" in v
+        or _has_any_global_hook()  # ``torch.nn.modules.module.register_module_forward_hook``
     )
 
 

@@ -280,5 +280,5 @@ def test_an_audio_tower_that_is_trained_whole_keeps_what_its_convolutions_make()
         else:
             kept.pop(address, None)
     said = tower_kept_bytes(tower_shapes(model.config)["audio_tower"], 500)
-    said += 500 * memory.SOUND_FRONT * 2
+    said += memory.sound_front_bytes(500)
     assert 0.8 * said <= sum(kept.values()) <= 1.05 * said, sum(kept.values()) / said

@@ -1,4 +1,6 @@
-"""What a patched model is once it has been pickled: stock, and none of this package's."""
+"""What a patched model is once it has been pickled: stock, and none of this package's. And whom its
+modules answer to: hooks of all modules, too.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import Trainer, TrainingArguments
 
 import gemma_accel
@@ -46,3 +49,37 @@ def test_a_pickled_model_loads_where_the_package_is_absent(tmp_path, protocol):
         expected, got = (m.eval()(**batch()).loss for m in (peft, twin))
     torch.testing.assert_close(got, expected)
     gemma_accel.apply(twin).restore()
+
+
+def under_a_hook_of_all_modules(model):
+    """Loss, gradients, and the modules that were called, where each Linear gives 0.9 of its own."""
+    called = []
+
+    def hook(module, args, output):
+        called.append(type(module).__name__)
+        return output * 0.9 if type(module) is torch.nn.Linear else None
+
+    handle = register_module_forward_hook(hook)
+    try:
+        loss = model(**batch()).loss
+        loss.backward()
+    finally:
+        handle.remove()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss, gradients, [name for name in called if name in ("Linear", "Gemma4RMSNorm")]
+
+
+@pytest.mark.parametrize("kind", ["causal", "conditional"])
+def test_a_hook_of_all_modules_sees_what_it_sees_in_stock(kind):
+    stock, model = (tiny_model(kind, towers=False) for _ in range(2))
+    gemma_accel.apply(model)
+    (expected, truth, saw), (loss, gradients, sees) = map(
+        under_a_hook_of_all_modules, (stock, model)
+    )
+    assert sees == saw and {"Linear", "Gemma4RMSNorm"} == set(saw)
+    torch.testing.assert_close(loss, expected)
+    assert gradients.keys() == truth.keys()
+    for name in truth:
+        torch.testing.assert_close(gradients[name], truth[name], rtol=1e-3, atol=1e-5)
+    free = model(**batch()).loss  # and nothing of it stays
+    assert abs(free - loss) > 1e-3
