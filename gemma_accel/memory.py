@@ -9,7 +9,7 @@ what autograd really holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NamedTuple
@@ -315,11 +315,21 @@ def peak_bytes(
     """The most that activations take at any moment of a step: at the loss, or in some layer's
     backward.
     """
-    kept = 0
-    peak = 0
-    for layer, mode in zip(layers, modes, strict=True):
-        kept += tokens * kept_bytes(layer, mode, itemsize)
-        peak = max(peak, kept + transient_bytes(layer, mode, tokens, itemsize))
+    pairs = zip(layers, modes, strict=True)
+    return _highest((_cost(layer, mode, tokens, itemsize) for layer, mode in pairs), loss)
+
+
+def _cost(layer: LayerShape, mode: Mode, tokens: int, itemsize: Itemsize) -> tuple[int, int]:
+    """Bytes that a layer keeps, and that its backward needs beyond."""
+    kept = tokens * kept_bytes(layer, mode, itemsize)
+    return kept, transient_bytes(layer, mode, tokens, itemsize)
+
+
+def _highest(costs: Iterable[tuple[int, int]], loss: int) -> int:
+    kept = peak = 0
+    for keeps, needs in costs:
+        kept += keeps
+        peak = max(peak, kept + needs)
     return max(peak, kept + loss)
 
 
@@ -337,13 +347,16 @@ def choose_modes(
     long as the step's highest point fits. An input goes to host memory before an MLP is cut into
     tiles: the copies overlap, while tiles dequantise every weight again and again.
     """
+    # reckoned once: thousands of combinations are tried
+    costs = [{mode: _cost(layer, mode, tokens, itemsize) for mode in Mode} for layer in layers]
     modes = [Mode.OFFLOAD_IN_PARTS] * len(layers)
     for below, grade in _RAISES:
         for index in reversed(range(len(layers))):
             if modes[index] is not below:
                 continue
             modes[index] = grade
-            if peak_bytes(layers, modes, tokens, loss, itemsize) > available:
+            chosen = (cost[mode] for cost, mode in zip(costs, modes, strict=True))
+            if _highest(chosen, loss) > available:
                 modes[index] = below
     return modes
 
