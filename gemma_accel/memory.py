@@ -51,8 +51,15 @@ class Itemsize(NamedTuple):
     inner: int
     """of what projections, attention and the MLP make"""
 
+    @classmethod
+    def throughout(cls, width: int) -> Itemsize:
+        """As if all were as wide as the stream, which is what the policy reckons with: too much in
+        float32 under autocast.
+        """
+        return cls(width, width)
 
-HALF = Itemsize(2, 2)
+
+HALF = Itemsize.throughout(2)
 """bfloat16 or float16 throughout"""
 
 

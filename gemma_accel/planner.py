@@ -436,14 +436,14 @@ class _Moment(NamedTuple):
 
 def _choose(run: _Run, batch_size: int, length: int) -> Arrangement:
     """`MemoryPolicy.arrangement`, without a tensor to ask about, and with a host that is slower
-    than its card. It takes all elements to be as wide as the hidden states.
+    than its card.
     """
     from gemma_accel.patches.checkpointing import SLACK
 
     layers = run.counts.layers
     if run.vram_gib is None or run.is_mixture or run.is_stock:
         return Arrangement([Mode.RECOMPUTE] * len(layers), False, HEAD_TILE)
-    itemsize = Itemsize(run.itemsize, run.itemsize)
+    itemsize = Itemsize.throughout(run.itemsize)
     held = _held(run, batch_size, length, itemsize)
     available = int(run.vram_gib * GIB * (1 - SLACK) - held)
     trained = int(run.adapters) if _captures() else None
@@ -732,11 +732,15 @@ def _alternatives(run: _Run, choice: Arrangement, batch_size: int, length: int) 
         name = f"{'NF4' if other.quantization else run.dtype} weights, same layers"
         found[name] = _train_peak(other, choice, batch_size, length)
     if run.dtype == "float32":
-        narrow = dataclasses.replace(run, dtype="bfloat16")
+        narrow = _narrowed(run)
         found["all in bfloat16, same layers"] = _train_peak(narrow, choice, batch_size, length)
     found["stock TRL, training"] = _stock_train_peak(run, batch_size, length)
     found["stock TRL, loading"] = _load_peak(run) + (run.table if run.lora_rank else 0)
     return found
+
+
+def _narrowed(run: _Run) -> _Run:
+    return dataclasses.replace(run, dtype="bfloat16")
 
 
 def _modes_of(run: _Run) -> Sequence[Mode]:
@@ -794,8 +798,7 @@ def _remedies(run: _Run, made: Plan) -> list[str]:
     """What would fit, each on its own."""
     batch_size, length = made.batch_size, made.sequence_length
     found = []
-    narrow = dataclasses.replace(run, dtype="bfloat16")
-    if run.dtype == "float32" and _fits(narrow, batch_size, length):
+    if run.dtype == "float32" and _fits(_narrowed(run), batch_size, length):
         found.append(f"loading in bfloat16 ({_BFLOAT16})")
     if made.largest_batch:
         steps = math.ceil(batch_size / made.largest_batch)

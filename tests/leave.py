@@ -10,7 +10,7 @@ def leave():
     """End this process, successful, without finalising its interpreter.
 
     Gloo's threads drop tensors of Python's when they like. One that does while the interpreter
-    finalises aborts the process, one time in five after a bare DDP step (pytorch/pytorch#190489).
+    finalises aborts the process, also after a bare DDP step (pytorch/pytorch#190489).
     """
     sys.stdout.flush()
     os._exit(0)

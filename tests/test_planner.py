@@ -274,7 +274,7 @@ def test_layers_are_chosen_as_the_policy_chooses(vram_gib, images, graphs, dtype
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     vram_gib += images / 4
     run = dataclasses.replace(run_of("e2b", vram_gib), images=images, dtype=dtype)
-    itemsize = Itemsize(run.itemsize, run.itemsize)
+    itemsize = Itemsize.throughout(run.itemsize)
     policy = MemoryPolicy(SimpleNamespace(config=run.counts.text))
     policy.budget = int(vram_gib * GIB)
     policy.graphs = SimpleNamespace(make_room=lambda: None) if graphs else None

@@ -124,7 +124,7 @@ class MemoryPolicy:
         if graphs is None or not graphs.captured or not hidden.is_cuda:
             return
         vectors = hidden.shape[0] * hidden.shape[1]
-        needed = tower_transient_bytes(tower, vectors, _itemsize(hidden))
+        needed = tower_transient_bytes(tower, vectors, Itemsize.throughout(hidden.element_size()))
         if not self._fits_beside(graphs.nbytes, needed, hidden):
             graphs.make_room()
 
@@ -166,7 +166,7 @@ class MemoryPolicy:
 
     def _arranged(self, hidden: Tensor, *, captures: bool) -> Arrangement:
         assert self.budget is not None
-        batch, length, itemsize = *hidden.shape[:2], _itemsize(hidden)
+        batch, length, itemsize = *hidden.shape[:2], Itemsize.throughout(hidden.element_size())
         held = torch.cuda.memory_allocated(hidden.device) if hidden.is_cuda else 0
         passing = between_layers_bytes(
             self.shapes,
@@ -223,7 +223,7 @@ class MemoryPolicy:
         tokens, width = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
         tile = self.arrangement(hidden).head_tile
         loss = loss_bytes(tokens, width, self.vocabulary, tile)
-        outside = max(loss, self._towers_backward(_itemsize(hidden)))
+        outside = max(loss, self._towers_backward(Itemsize.throughout(hidden.element_size())))
         held = torch.cuda.memory_reserved(hidden.device)
         return held + outside + self.trained - self.budget
 
@@ -238,7 +238,7 @@ class MemoryPolicy:
             captured.shape[0] * captured.shape[1],
             (hidden.shape[0], hidden.shape[1]),
             self.vocabulary,
-            _itemsize(hidden),
+            Itemsize.throughout(hidden.element_size()),
         )
         return self._fits_beside(graphs, needed, hidden)
 
@@ -325,11 +325,6 @@ class MemoryPolicy:
 
 def _key(hidden: Tensor) -> tuple[int, ...]:
     return (*hidden.shape, hidden.element_size())
-
-
-def _itemsize(hidden: Tensor) -> Itemsize:
-    """As if all were as wide as ``hidden``: too much in float32 under autocast."""
-    return Itemsize(hidden.element_size(), hidden.element_size())
 
 
 def _has_backward(layer: Any, hidden: Tensor) -> bool:

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from gemma_accel.patches.per_layer import HostPerLayerEmbedding, LayerInput, PerLayerInputs
 from gemma_accel.patches.projections import as_projection
-from gemma_accel.patches.seams import is_watched
+from gemma_accel.patches.seams import are_watched
 
 __all__ = ["StackGraphs"]
 
@@ -294,7 +294,7 @@ class _Modules:
 
     def hooked(self) -> bool:
         """Whether somebody watches one, or runs something else in place of its forward."""
-        return any(map(is_watched, self._all))
+        return are_watched(self._all)
 
 
 _found: weakref.WeakKeyDictionary[nn.Module, _Modules] = weakref.WeakKeyDictionary()

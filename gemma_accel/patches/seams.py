@@ -5,7 +5,7 @@ attribute of the instance.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 from torch import nn
@@ -14,7 +14,16 @@ from torch.nn.modules.module import _has_any_global_hook
 from gemma_accel.errors import RestoreError
 from gemma_accel.hookspecs import Patch
 
-__all__ = ["ClassSwap", "Fused", "Undoing", "home_of", "is_watched", "set_attribute", "swap_class"]
+__all__ = [
+    "ClassSwap",
+    "Fused",
+    "Undoing",
+    "are_watched",
+    "home_of",
+    "is_watched",
+    "set_attribute",
+    "swap_class",
+]
 
 
 def home_of(thing: Any) -> str:
@@ -26,6 +35,16 @@ def is_watched(module: nn.Module) -> bool:
     """Whether somebody watches the module by a hook, its own or one of all modules, or runs
     something else in place of its forward: then it must be called as a module, and not be read.
     """
+    return are_watched((module,))
+
+
+def are_watched(modules: Iterable[nn.Module]) -> bool:
+    """Whether somebody watches one of them, or all modules."""
+    # the latter by ``torch.nn.modules.module.register_module_forward_hook`` and its like
+    return bool(_has_any_global_hook()) or any(map(_has_own_watcher, modules))
+
+
+def _has_own_watcher(module: nn.Module) -> bool:
     v = vars(module)
     return bool(
         v["_forward_hooks"]
@@ -33,7 +52,6 @@ def is_watched(module: nn.Module) -> bool:
         or v["_backward_hooks"]
         or v["_backward_pre_hooks"]
         or "forward" in v
-        or _has_any_global_hook()  # ``torch.nn.modules.module.register_module_forward_hook``
     )
 
 

@@ -260,7 +260,7 @@ def test_a_layer_keeps_the_bytes_that_the_arithmetic_says(device, mode):
         own = {p: n for p, n in seen.items() if p not in parameters and p not in held}
         held.update(own)
         shape = layer_shapes(model.config.get_text_config())[index]
-        expected = 64 * kept_bytes(shape, mode, Itemsize(4, 4))
+        expected = 64 * kept_bytes(shape, mode, Itemsize.throughout(4))
         # small change on top: adapters' products, norms' factors, positions; and layer 0 also holds
         # what all layers read
         slack = 64 * 4 * (6 * 4 + 16 + (4 * 64 + 4 * 32 if index == 0 else 0))

@@ -105,6 +105,7 @@ def peak_of_a_step(modes, tokens, dtype):
     policy.run = watched
     ids = batch((tokens,))["input_ids"]
     blocks = _blocks_of(lambda: peft.model.model(input_ids=ids, use_cache=False)[0], dtype)
+    assert len(blocks) > 700
     hidden = tokens * model.config.hidden_size * dtype.itemsize
     there = 1 if Mode.OFFLOAD_IN_PARTS in modes[:1] else 2
     return _peak(blocks, away, hidden, there), layer_shapes(model.config)
@@ -236,6 +237,7 @@ def test_nor_does_a_tower(kind, replayed, dtype):
     policy = model.model.language_model.memory
     watch_towers(model, policy)
     blocks = _blocks_of(lambda: features(model, kind), dtype)
+    assert len(blocks) > 700
     ((shape, vectors),) = policy.media.items()
     assert vectors == {"vision": 2 * 630, "audio": 500}[kind]
     if replayed:  # as the planner takes it to be
@@ -267,6 +269,7 @@ def test_nor_does_a_tower_without_a_backward(kind, dtype):
 
 def _before_the_turn(blocks):
     turn = next(i for i, (_, nbytes, _) in enumerate(blocks) if nbytes == MARK)
+    assert turn > 300
     return blocks[:turn]
 
 

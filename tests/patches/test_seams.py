@@ -66,7 +66,7 @@ def under_a_hook_of_all_modules(model):
     finally:
         handle.remove()
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return loss, gradients, [name for name in called if name in ("Linear", "Gemma4RMSNorm")]
+    return loss, gradients, called
 
 
 @pytest.mark.parametrize("kind", ["causal", "conditional"])
@@ -76,7 +76,7 @@ def test_a_hook_of_all_modules_sees_what_it_sees_in_stock(kind):
     (expected, truth, saw), (loss, gradients, sees) = map(
         under_a_hook_of_all_modules, (stock, model)
     )
-    assert sees == saw and {"Linear", "Gemma4RMSNorm"} == set(saw)
+    assert sees == saw and {"Linear", "Gemma4RMSNorm", "Gemma4TextMLP"} < set(saw)
     torch.testing.assert_close(loss, expected)
     assert gradients.keys() == truth.keys()
     for name in truth:
